@@ -1,0 +1,1 @@
+"""Dataset schemas, one file each: `FIELDS` and `to_messages(row, system=None)`; a new file here is a new format."""

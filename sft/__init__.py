@@ -1,0 +1,14 @@
+"""Supervised fine-tuning of chat models from one YAML recipe; see README.md."""
+
+from typing import Any
+
+__all__ = ["DataCollatorForCompletionOnlyLM"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that reading a recipe or printing --help never waits for torch.
+    if name == "DataCollatorForCompletionOnlyLM":
+        from sft.collator import DataCollatorForCompletionOnlyLM
+
+        return DataCollatorForCompletionOnlyLM
+    raise AttributeError(f"module 'sft' has no attribute {name!r}")

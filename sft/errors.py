@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend; run_sft.py prints them without a traceback and exits with 2."""
+
+
+class UserError(Exception):
+    """Something in the recipe, the data or the machine is not as it must be; the text says where, what and what to do."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run as it stands."""
+
+
+class FormatError(UserError):
+    """A row that its format cannot read; sft/dataset.py adds the file and the line."""
+
+
+class DataError(UserError):
+    """Data that cannot be trained or scored on."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or adapter that is missing, or that does not fit the recipe."""

@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model, tokenizer or adapter that is missing, or that does not fit the recipe."""
+
+
+class ControlTokenError(FormatError):
+    """A row whose text spells a control token of the tokenizer."""

@@ -1,0 +1,68 @@
+"""Fine-tunes a chat model as one YAML recipe says: python run_sft.py recipes/qwen_qlora.yaml"""
+
+import argparse
+import sys
+
+from sft.errors import UserError
+from sft.recipe import Recipe, load_recipe
+
+
+def train(recipe: Recipe, check: bool) -> int:
+    """The run, told once: data, model, training, adapter and merged model, scores, report."""
+    from sft import run
+
+    clock = run.Clock()
+    tokenizer = run.load_tokenizer(recipe)
+    run.check_model(recipe, tokenizer)
+    data = run.prepare_data(recipe, tokenizer)
+    if check:
+        return run.report_check(recipe, tokenizer, data)
+    description = run.describe_run(recipe, data.ledger)
+    checkpoint = run.find_checkpoint(recipe, description)
+    run.begin_output(recipe, description, data)
+    model = run.add_lora(run.load_model(recipe), recipe)
+    clock.lap("load")
+    trainer = run.train(recipe, model, tokenizer, data, checkpoint)
+    clock.lap("train")
+    run.save(recipe, trainer, tokenizer, data.encoder)
+    clock.lap("export")
+    run.score(recipe, data, trainer.model)
+    clock.lap("score")
+    run.finish(recipe, description, clock)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="run_sft.py",
+        description="Fine-tune a chat model as a YAML recipe says: train, save, score, report.",
+        epilog="example: python run_sft.py recipes/smollm2_cpu.yaml training_args.num_train_epochs=1",
+    )
+    parser.add_argument("recipe", help="a YAML file, e.g. recipes/qwen_qlora.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set a key of the recipe for this run")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="everything but the training, in seconds")
+    what.add_argument("--score", action="store_true", help="score a run again, or any model or adapter by override")
+    what.add_argument("--export", action="store_true", help="write final_model/ of a run again")
+    parser.add_argument("--debug", action="store_true", help="log everything")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        from sft import run
+
+        run.set_up(recipe, options.debug)
+        if options.score:
+            return run.score_again(recipe)
+        if options.export:
+            return run.export_again(recipe)
+        return train(recipe, options.check)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

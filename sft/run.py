@@ -1,0 +1,262 @@
+"""The steps of a run, as run_sft.py tells them in order."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sft import check, export, scoring
+from sft import report as page
+from sft import trainer as training
+from sft.chat import ChatEncoder
+from sft.dataset import Data, ledger_table, prepare
+from sft.errors import UserError
+from sft.export import describe_run
+from sft.model import (
+    add_lora,
+    check_machine,
+    check_targets,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    use_cpu,
+)
+from sft.recipe import Recipe
+from sft.trainer import find_checkpoint
+
+__all__ = ["add_lora", "describe_run", "find_checkpoint", "load_model", "load_tokenizer"]
+
+
+class Stopped(UserError):
+    """The run was stopped by a signal, as the user wished."""
+
+    exit_code = 130
+
+
+class Clock:
+    """Seconds of each part of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begun = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._begun = round(now - self._begun, 1), now
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of the run, or the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    if is_first_process():
+        print(text, flush=True)
+
+
+def set_up(recipe: Recipe, debug: bool) -> None:
+    """Logging, seed and the machine's own switches."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for library in (transformers.logging, datasets.logging):
+        (library.set_verbosity_debug if debug else library.set_verbosity_error)()
+    if not debug:
+        warnings.filterwarnings("ignore")
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    transformers.set_seed(int(recipe.training_args.get("seed", 42)))
+
+
+def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Refuses early what would fail late: a missing GPU, target modules that are not there, arguments that clash."""
+    check_machine(recipe)
+    training.training_config(recipe)
+    bare = meta_model(recipe)
+    if bare.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
+        raise recipe.error("model_name_or_path", "is of ChatGLM's family but not ChatGLM3; use its -hf release")
+    check_targets(recipe, bare)
+    return bare
+
+
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The data of a recipe, and its ledger on the terminal."""
+    data = prepare(recipe, tokenizer)
+    data.ledger["samples"] = check.samples(data, tokenizer)
+    say(ledger_table(data.ledger))
+    if recipe.dataset.test is None:
+        say("no dataset.test: nothing will be scored")
+    return data
+
+
+def begin_output(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
+    """Makes output_dir and writes what the run is. Raises: UserError: it cannot be written."""
+    if not is_first_process():
+        return
+    say(disk_line(recipe, meta_model(recipe), data))
+    try:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
+    export.write_json(recipe.output_dir / "training_config.json", description)
+    export.write_json(recipe.output_dir / "data_ledger.json", data.ledger)
+
+
+def disk_line(recipe: Recipe, bare: PreTrainedModel, data: Data) -> str:
+    """Raises: RecipeError: the disk is too small for what the run will write."""
+    weights = sum(p.numel() for p in bare.parameters())
+    return training.check_disk(recipe, weights, check.trained_weights(recipe, bare), training.steps(recipe, data))
+
+
+@contextmanager
+def _memory_advice() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory ran out: {str(error).splitlines()[0]}\n"
+            "lower training_args.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
+            "training_args.gradient_checkpointing: true, lower dataset.max_length, or quantise with load_in_4bit: true"
+        ) from None
+
+
+def train(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, checkpoint: Path | None
+) -> training.CompletionTrainer:
+    """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"training {trained:,} weights on {'the CPU' if use_cpu(recipe) else torch.cuda.get_device_name()}")
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    with training.StopAtSignal() as stop, _memory_advice():
+        trainer = training.make_trainer(recipe, model, tokenizer, data, [stop])
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(str(training.interrupted(stop.caught, recipe)))
+    trainer.save_state()
+    return trainer
+
+
+def save(
+    recipe: Recipe, trainer: training.CompletionTrainer, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder
+) -> None:
+    """lora_adapter/ and final_model/."""
+    lora = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    if not trainer.is_world_process_zero():
+        return
+    if lora:
+        say(f"saved {export.save_adapter(recipe, trainer.save_model)}")
+        if recipe.export.merge:
+            say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids)}")
+    else:
+        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, trainer.model)}")
+
+
+def score(recipe: Recipe, data: Data, model: PreTrainedModel) -> None:
+    """Scores base and tuned on the test split, if there is one."""
+    if not data.test_conversations or not is_first_process():
+        return
+    made_by = export.weights_digest(recipe)
+    with _memory_advice():
+        if hasattr(model, "disable_adapter"):
+            models = [("base", model, False, recipe.model_name_or_path), ("tuned", model, True, made_by)]
+        else:
+            base = load_model(recipe).to(model.device)
+            models = [("base", base, True, recipe.model_name_or_path), ("tuned", model, True, made_by)]
+        scoring.score(recipe, data.encoder, data.test_conversations, models)
+
+
+def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
+    """The page, and the summary on the terminal."""
+    if not is_first_process():
+        return
+    memory = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": None}
+    if torch.cuda.is_available():
+        memory["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    config = {**description, "resources": {"seconds": clock.seconds, **memory}}
+    export.write_json(recipe.output_dir / "training_config.json", config)
+    page.write_report(recipe.output_dir)
+    say(page.summary(recipe.output_dir))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held at once."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# -------------------------------------------------------------------------------------------------- the other verbs
+
+
+def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data) -> int:
+    """What --check prints after the ledger: masks, stop token, memory, disk."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    legend = "green" if colour else "between [[ and ]]"
+    for sample in data.ledger["samples"]:
+        say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
+    say("\n" + check.stop_token_line(data, tokenizer))
+    bare = meta_model(recipe)
+    line, fits = check.memory_line(recipe, bare, use_cpu(recipe))
+    say(line)
+    say(disk_line(recipe, bare, data))
+    say("the recipe can be run" if fits else "the recipe may not fit; see the memory line")
+    return 0
+
+
+def score_again(recipe: Recipe) -> int:
+    """--score: the run's own adapter or model, or the one that an override names, on dataset.test."""
+    if recipe.dataset.test is None:
+        raise recipe.error("dataset", "--score needs dataset.test")
+    tokenizer = load_tokenizer(recipe)
+    check_machine(recipe)
+    data = prepare(recipe, tokenizer, scoring_only=True)
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
+    device = "cpu" if use_cpu(recipe) else torch.device("cuda" if torch.cuda.is_available() else "mps")
+    base = load_model(recipe)
+    base = base if recipe.quantization_config else base.to(device)
+    origin = recipe.model_name_or_path
+    chosen = recipe.adapter_name_or_path or (str(adapter) if adapter.is_dir() else None)
+    if chosen:
+        model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
+        made_by = export.weights_digest(recipe, Path(chosen))
+        models = [("base", model, False, origin), ("tuned", model, True, made_by)]
+    elif final.is_dir() and recipe.lora_config is None:
+        tuned = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype).to(device)
+        models = [("base", base, True, origin), ("tuned", tuned, True, export.weights_digest(recipe, final))]
+    else:
+        say(f"{recipe.output_dir} holds no run: scoring {origin} alone")
+        models = [("base", base, True, origin)]
+    scoring.score(recipe, data.encoder, data.test_conversations, models)
+    if (recipe.output_dir / "training_config.json").is_file():
+        page.write_report(recipe.output_dir)
+    say(page.summary(recipe.output_dir))
+    return 0
+
+
+def export_again(recipe: Recipe) -> int:
+    """--export: final_model/ from lora_adapter/, once more."""
+    adapter = recipe.output_dir / "lora_adapter"
+    if not adapter.is_dir():
+        raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
+    tokenizer = load_tokenizer(recipe)
+    data = prepare(recipe, tokenizer)
+    say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
+    return 0

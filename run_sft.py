@@ -1,6 +1,8 @@
 """Fine-tunes a chat model as one YAML recipe says: python run_sft.py recipes/qwen_qlora.yaml"""
 
 import argparse
+import ctypes
+import logging
 import sys
 
 from sft.errors import UserError
@@ -32,13 +34,31 @@ def train(recipe: Recipe, check: bool) -> int:
     return 0
 
 
+def set_up(debug: bool) -> None:
+    """What must be set before torch and the libraries are imported."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if sys.platform == "linux":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the blocks that a step frees for the next step; other C libraries have no such switch."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of glibc's malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="run_sft.py",
         description="Fine-tune a chat model as a YAML recipe says: train, save, score, report.",
         epilog="example: python run_sft.py recipes/smollm2_cpu.yaml training_args.num_train_epochs=1",
     )
-    parser.add_argument("recipe", help="a YAML file, e.g. recipes/qwen_qlora.yaml")
+    parser.add_argument("recipe", nargs="?", help="a YAML file, e.g. recipes/qwen_qlora.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set a key of the recipe for this run")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="everything but the training, in seconds")
@@ -46,9 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--export", action="store_true", help="write final_model/ of a run again")
     parser.add_argument("--debug", action="store_true", help="log everything")
     options = parser.parse_intermixed_args(arguments)
+    if options.recipe is None:
+        parser.error("name a recipe, e.g. recipes/smollm2_cpu.yaml (recipes/ holds ready ones)")
     try:
         recipe = load_recipe(options.recipe, options.overrides)
-        from sft import run
+        set_up(options.debug)
+        from sft import run  # imports torch and the rest, seconds that a wrong recipe need not wait for
 
         run.set_up(recipe, options.debug)
         if options.score:

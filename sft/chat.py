@@ -7,11 +7,12 @@ is supervised, also what the template inserts there (Qwen3's empty `<think>` blo
 Nothing else is.
 
 `_locate` finds both ends by rendering a conversation again with one thing changed: the history alone with a
-generation prompt, the same turn with a mark for its content, the same turn followed by something else. It assumes
-nothing about the text of a template and refuses what it cannot tell. It is slow (four renderings a turn), so a shape
-of conversation (its roles, say) is located once, and from then on its turns are read off the ids: the header's ids to
-the next stop id. That reading is exact because neither can come from content (`find_control_tokens`), and it is used
-only where the number of headers found is the number of turns.
+generation prompt, the same turn with a mark for its content (or its tool call's name, where a template leaves the
+content out), the same turn followed by something else. It assumes nothing about the text of a template and refuses
+what it cannot tell. It is slow (four renderings a turn), so a shape of conversation (its roles, say) is located once,
+and from then on its turns are read off the ids: the header's ids to the next stop id. That reading is exact because
+neither can come from content (`find_control_tokens`), and it is used only where the number of headers found is the
+number of turns.
 
 The one hook: a tokenizer with a method `encode_conversation(messages, tools) -> (input_ids, turns)` builds both
 itself, and its prompts with `encode_prompt(messages, tools) -> input_ids` (ChatGLM3; see sft/chatglm3).
@@ -39,6 +40,9 @@ Message = dict[str, Any]
 
 # A private-use character that the text does not hold stands for an answer, another one splits a spelled control token.
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xE040)]
+
+# Added tokens of some tokenizers that an answer writes itself, also where a template begins an answer with one.
+THE_ANSWERS_OWN = {"<think>", "</think>", "<tool_call>", "</tool_call>"}
 
 HEADER_MERGED = "answers whose first character would merge with the header's last token; the header kept its own"
 PROMPT_PARTED = "turns that do not begin with their whole generation prompt; the answer begins where the two part"
@@ -130,7 +134,7 @@ class ChatEncoder:
         }
         self._header_known = False
         self._header_ids: list[int] = []
-        self._parted_id: int | None = None
+        self._parted = ""
         self._proven: dict[tuple, bool] = {}
         self._compile_control_pattern()
         self.control_tokens |= set(self._tokens_around_messages())
@@ -189,7 +193,11 @@ class ChatEncoder:
     def _tokens_around_messages(self) -> Iterator[str]:
         """Added tokens outside the answers of a plain dialogue, beside the tokenizer's special tokens."""
         names = sorted(
-            (t.content for t in self.tokenizer.added_tokens_decoder.values() if not t.content.isspace()),
+            (
+                t.content
+                for t in self.tokenizer.added_tokens_decoder.values()
+                if not t.content.isspace() and t.content not in THE_ANSWERS_OWN
+            ),
             key=len,
             reverse=True,
         )
@@ -229,7 +237,9 @@ class ChatEncoder:
         for k, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            history = messages[:k]
+            history, calls = messages[:k], message.get("tool_calls") or []
+            if not all(isinstance(call, dict) for call in calls):
+                raise FormatError(f"a tool call of message {k + 1} is not an object")
             for marked in _marked(message, mark):
                 alone = self.render([*history, marked], tools)  # this turn is the last one
                 whole = self.render([*history, marked, *messages[k + 1 :]], tools) if k + 1 < len(messages) else alone
@@ -237,8 +247,10 @@ class ChatEncoder:
                     break
             else:
                 raise FormatError(f"the chat template does not write the content of message {k + 1} exactly once")
-            before, rest = self._header(history, marked, alone, tools, mark, pattern, k)
-            start = self._in_whole(before, whole, mark, pattern, k)
+            before, rest = self._header(history, alone, tools, mark, pattern, k)
+            start = len(before)
+            if not whole.startswith(before):
+                start, rest = self._in_whole(history, whole, tools, mark, pattern, k)
             if not text.startswith(whole[:start]):
                 raise FormatError(f"the chat template changes what comes before message {k + 1} with its content")
             if rest and text.startswith(rest, start):
@@ -253,6 +265,12 @@ class ChatEncoder:
                 for m in pattern.finditer(after_alone)
                 if m.end() <= len(os.path.commonprefix([after_alone, other]))
             ]
+            ends = [found[0] for t in (after_alone, other) if (found := pattern.search(t))]
+            if not stops and len(ends) == 2:
+                raise FormatError(
+                    f"the chat template writes {ends[0]!r} after message {k + 1} when it is the last, else "
+                    f"{ends[1]!r}, so its stop token cannot be told; give another with chat.template"
+                )
             if not stops:
                 raise FormatError(
                     f"the chat template writes no stop token after the answer (message {k + 1}), so a model trained "
@@ -265,13 +283,15 @@ class ChatEncoder:
             stop_token = [m[0] for m in pattern.finditer(after_alone) if m.end() <= stops[-1]][-1]
             if not text.endswith(stop_token, start, stop):
                 raise FormatError(f"the chat template ends message {k + 1} without {stop_token!r}, its stop token")
+            for call in calls:
+                if (call.get("function") or call).get("name", "") not in text[start:stop]:
+                    raise FormatError(f"the chat template does not write the tool calls of message {k + 1}")
             spans.append((start, stop))
         return _Located(text, spans, parted)
 
     def _header(
         self,
         history: list[Message],
-        marked: Message,
         alone: str,
         tools: list[dict] | None,
         mark: str,
@@ -284,10 +304,8 @@ class ChatEncoder:
         """
         if not history:
             # Many templates cannot be asked for a prompt without messages; a question before it does no harm.
-            history = [{"role": "user", "content": "x"}]
-            prompt, turn = self.render(history, tools, prompt=True), self.render([*history, marked], tools)
-            before = turn[: _common(prompt, turn, pattern)]
-            return alone[: self._in_whole(before, alone, mark, pattern, k)], prompt[len(before) :]
+            start, rest = self._in_whole([{"role": "user", "content": "x"}], alone, tools, mark, pattern, k)
+            return alone[:start], rest
         prompt = self.render(history, tools, prompt=True)
         end = _common(prompt, alone, pattern)
         if end == len(prompt):
@@ -295,22 +313,25 @@ class ChatEncoder:
         begin = _common(prompt, self.render(history, tools), pattern)
         if end >= begin:  # they part within the header
             return alone[:end], prompt[end:]
-        header = prompt[begin:]
-        at = alone.rfind(header, 0, alone.index(mark)) if pattern.search(header) else -1
-        if at < 0:
-            raise FormatError(f"the chat template writes another history before the prompt of message {k + 1}")
-        return alone[: at + len(header)], ""
+        start, rest = self._in_whole(history, alone, tools, mark, pattern, k)
+        return alone[:start], rest
 
-    def _in_whole(self, before: str, whole: str, mark: str, pattern: re.Pattern, k: int) -> int:
-        """Where the header that ends `before` ends in the whole conversation, whose history may read otherwise."""
-        if whole.startswith(before):
-            return len(before)
-        controls = list(pattern.finditer(before))
-        header = before[controls[-1].start() :] if controls else ""
-        at = whole.rfind(header, 0, whole.index(mark)) if header else -1
-        if at < 0:
-            raise FormatError(f"the header of message {k + 1} cannot be told in the chat template's text")
-        return at + len(header)
+    def _in_whole(
+        self, history: list[Message], whole: str, tools: list[dict] | None, mark: str, pattern: re.Pattern, k: int
+    ) -> tuple[int, str]:
+        """Where the marked turn begins in a text that writes the history in another way than its prompt does.
+
+        By its header alone: what the prompt adds to the history. Content cannot hold the control token it begins with.
+        Returns: the place, and what the header holds beyond it.
+        """
+        prompt = self.render(history, tools, prompt=True)
+        header = prompt[_common(prompt, self.render(history, tools), pattern) :]
+        if opener := pattern.match(header):
+            at = whole.rfind(opener[0], 0, whole.index(mark))
+            end = at + _common(header, whole[at:], pattern)
+            if at >= 0 and not pattern.search(whole, end, whole.index(mark)):
+                return end, header[end - at :]
+        raise FormatError(f"the header of message {k + 1} cannot be told in the chat template's text")
 
     def _followed(self, history: list[Message], marked: Message, tools: list[dict] | None, mark: str) -> str:
         """What the template writes after this answer when another message follows it."""
@@ -486,22 +507,22 @@ class ChatEncoder:
         unsound = (stops > np.append(starts[1:], len(flat) + 1)) | (
             stops > ends[np.minimum(row_of_start, len(ids) - 1)]
         )
-        if self._parted_id is not None and len(starts):
-            unsound |= flat[np.minimum(starts, len(flat) - 1)] == self._parted_id
         bad_rows = set(row_of_start[unsound].tolist())
+        if self._parted:  # an answer may begin with what its prompt holds beyond the header
+            bad_rows |= {j for j, text in enumerate(rendered.texts) if self._parted in text}
         bounds = np.searchsorted(row_of_start, np.arange(len(ids) + 1)).tolist()
         row_begins = begins[np.minimum(row_of_start, len(ids) - 1)]
         spans = list(zip((starts - row_begins).tolist(), (stops - row_begins).tolist(), strict=True))
-        notes = (PROMPT_PARTED,) if self._parted_id is not None else ()
+        notes = (PROMPT_PARTED,) if self._parted else ()
         for j, (i, shape) in enumerate(zip(rendered.quick, rendered.shapes, strict=True)):
             turns_of_row = spans[bounds[j] : bounds[j + 1]]
-            sound = j not in bad_rows and len(turns_of_row) == shape.count("assistant")
+            sound = j not in bad_rows and len(turns_of_row) == shape.count("assistant") > 0
             if sound and self._proven.get(shape):
-                results[i] = Encoded(ids[j], turns_of_row, notes if turns_of_row else ())
+                results[i] = Encoded(ids[j], turns_of_row, notes)
                 continue
             results[i] = exact = self._encode_or_error(*rendered.conversations[i])
             if sound and shape not in self._proven and isinstance(exact, Encoded):
-                same_ids = list(exact.input_ids) == ids[j].tolist()
+                same_ids = list(exact.input_ids) == ids[j].tolist() and exact.notes == notes
                 self._proven[shape] = same_ids and list(exact.turns) == turns_of_row
 
     def _header_ends(self, flat: np.ndarray) -> np.ndarray:
@@ -532,7 +553,7 @@ class ChatEncoder:
         self._header_known = True
         if self._control.match(header):
             self._header_ids = list(self._rust.encode(header, add_special_tokens=False).ids)
-            self._parted_id = self._rust.encode(rest, add_special_tokens=False).ids[0] if rest else None
+            self._parted = rest
 
 
 _PROBE_CALL = {"name": "f", "arguments": "{}"}

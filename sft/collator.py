@@ -35,7 +35,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
     Warns: UserWarning: a row of bare ids has none of a template; it gets no loss.
     Raises: UserError: neither mask nor response template; an empty template; mlm.
 
-    Source: label rule and keys of trl<=0.19 DataCollatorForCompletionOnlyLM (removed in trl 0.20, huggingface/trl#3704).
+    Source: label rule and keys of trl<=0.19 DataCollatorForCompletionOnlyLM (gone in trl 0.20, huggingface/trl#3704).
     """
 
     def __init__(
@@ -93,7 +93,10 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         batch["labels"] = padded(labels, self.ignore_index)
         if any("seq_lengths" in row for row in rows):
             # Positions restart with each conversation and again in the padding; by them transformers keeps rows apart.
-            positions = [_positions([*row["seq_lengths"], width - len(row["input_ids"])]) for row in rows]
+            positions = []
+            for row in rows:
+                lengths, padding = _conversation_lengths(row), [width - len(row["input_ids"])]
+                positions.append(_positions(padding + lengths if left else lengths + padding))
             batch["position_ids"] = torch.tensor(positions, dtype=torch.long)
         else:
             batch["attention_mask"] = padded(
@@ -102,7 +105,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         return batch
 
     def _flattened(self, rows: list[dict], labels: list[list[int]]) -> dict[str, Any]:
-        lengths = [n for row in rows for n in row.get("seq_lengths", [len(row["input_ids"])])]
+        lengths = [n for row in rows for n in _conversation_lengths(row)]
         flat = [label for row in labels for label in row]
         at = 0
         for length in lengths:
@@ -125,10 +128,11 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         ids = row["input_ids"]
         mask = row.get("assistant_mask")
         if mask is None:
-            return self._scanned(ids)
+            real = row.get("attention_mask", [1] * len(ids))  # a row may bring its own padding
+            return [label if kept else self.ignore_index for label, kept in zip(self._scanned(ids), real, strict=True)]
         labels = [token if kept else self.ignore_index for token, kept in zip(ids, mask, strict=True)]
         at = 0
-        for length in row.get("seq_lengths", [len(ids)]):
+        for length in _conversation_lengths(row):
             if length:
                 labels[at] = self.ignore_index  # a conversation's first token follows nothing
             at += length
@@ -205,9 +209,11 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             else:
                 # After another token, since SentencePiece decoders drop the space of a first one.
                 anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
-                options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-                before = self.tokenizer.decode(anchor, **options)
-                self._pieces[token] = self.tokenizer.decode([*anchor, token], **options)[len(before) :]
+                before, after = (
+                    self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                    for ids in (anchor, [*anchor, token])
+                )
+                self._pieces[token] = str(after[len(before) :])
         return self._pieces[token]
 
     def _warn(self, template: Any, kind: str, ids: list[int]) -> None:
@@ -223,6 +229,10 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 def _as_row(example: Any) -> dict[str, Any]:
     row = dict(example) if isinstance(example, Mapping) or hasattr(example, "keys") else {"input_ids": example}
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
+
+
+def _conversation_lengths(row: dict[str, Any]) -> list[int]:
+    return list(row.get("seq_lengths", [len(row["input_ids"])]))
 
 
 def _positions(lengths: Sequence[int]) -> list[int]:

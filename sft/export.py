@@ -112,9 +112,7 @@ def save_final_model(
                 chatglm3.save_glm(trained, tokenizer, folder)
         else:
             trained.save_pretrained(folder)
-            side, tokenizer.padding_side = tokenizer.padding_side, "left"  # what batched generation needs
             tokenizer.save_pretrained(folder)
-            tokenizer.padding_side = side
         shutil.copyfile(recipe.output_dir / "training_config.json", folder / "training_config.json")
 
     return write_folder(recipe.output_dir / "final_model", fill)

@@ -185,7 +185,7 @@ def spent(run: Run) -> list[tuple[str, str]]:
     names = {"load": "loading data and model", "train": "training", "export": "saving", "score": "scoring"}
     rows = [
         (names.get(part, part), duration(taken))
-        for part, taken in resources.get("seconds", {}).items()
+        for part, taken in (resources.get("seconds") or {}).items()
         if taken is not None
     ]
     if "train_samples_per_second" in last:
@@ -410,7 +410,7 @@ def draw(curves: dict[str, Curve], title: str, size: tuple[float, float], colour
         if len(values) > 60 and name != "learning rate" and not np.isnan(values).any():
             axes.plot(steps, values, color=style["color"], alpha=0.35, linewidth=0.8)
             values, name = _running_mean(values, len(values) // 20), f"{name}, running mean"
-        marker = {"marker": "o"} if len(values) < 12 or np.isnan(values).any() else {}
+        marker = {"marker": "o"} if len(values) < (60 if np.isnan(values).any() else 12) else {}
         axes.plot(steps, values, **{"linewidth": 1.8, "markersize": 4, "label": name, **marker, **style})
         drawn += 1
     if not drawn:

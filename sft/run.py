@@ -1,6 +1,5 @@
 """The steps of a run, as run_sft.py tells them in order."""
 
-import logging
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from sft.model import (
     add_lora,
     check_machine,
     check_targets,
+    find_model,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -68,10 +68,7 @@ def say(text: str) -> None:
 
 
 def set_up(recipe: Recipe, debug: bool) -> None:
-    """Logging, seed and the machine's own switches."""
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    """How much the libraries say, and the seed."""
     for library in (transformers.logging, datasets.logging):
         (library.set_verbosity_debug if debug else library.set_verbosity_error)()
     if not debug:
@@ -89,6 +86,8 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     if bare.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
         raise recipe.error("model_name_or_path", "is of ChatGLM's family but not ChatGLM3; use its -hf release")
     check_targets(recipe, bare)
+    if recipe.adapter_name_or_path:
+        find_model(recipe.adapter_name_or_path, recipe, "adapter_name_or_path", "adapter_config.json")
     return bare
 
 

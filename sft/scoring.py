@@ -100,7 +100,7 @@ def _line(value: Any) -> str:
 def for_generation(model: PreTrainedModel, adapter: bool) -> Iterator[PreTrainedModel]:
     """The model in eval mode, without its own generation defaults; adapter: False switches a LoRA off."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    training, defaults, checkpointing = model.training, inner.generation_config, inner.is_gradient_checkpointing
+    training, defaults, checkpointing = model.training, inner.generation_config, inner.is_activation_checkpointing
     off = nullcontext() if adapter or not hasattr(model, "disable_adapter") else model.disable_adapter()
     if checkpointing:
         inner.gradient_checkpointing_disable()

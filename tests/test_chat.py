@@ -179,6 +179,16 @@ def test_phi3_second_end_of_text_is_not_supervised(kind):
     assert chat.encode([Q, A, tool("2")]).turns == [(start, stop)]
 
 
+def test_qwen3_5_earlier_turns_part_from_a_prompt_that_ends_with_a_think_block():
+    special = FAMILIES["qwen3"].special
+    tokenizer = with_template(template("qwen3_5_nothink"), special=special, added=("<think>", "</think>"))
+    chat = ChatEncoder(tokenizer)
+    assert chat.encode([Q, A]).notes == ()
+    assert supervised(chat, [Q, A, Q, answer("Bye.")]) == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
+    assert chat.encode([Q, A, Q, A]).notes == (PROMPT_PARTED,)
+    assert "<think>" not in chat.control_tokens  # though the template writes it around an answer
+
+
 def test_template_that_trims_is_followed():
     assert supervised(encoder("llama3"), [user(" Hi. "), answer("\n\n Hello. \n")]) == ["Hello.<|eot_id|>"]
 
@@ -231,6 +241,10 @@ def source(answer_text, rest="<|user|>{{ m.content }}</s>", prompt="<|bot|>"):
         (source("<|bot|>{{ m.content }}{{ m.content }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content | length }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content }}{% if m.content != 'Hello.' %}</s>{% endif %}"), "without '</s>'"),
+        (
+            source("<|bot|>{{ m.content }}{{ '<s>' if loop.last else '</s>' }}"),
+            "writes '<s>' after message 2 when it is the last, else '</s>'",
+        ),
         (source("{{ raise_exception('no answers, please') }}"), "no answers, please"),
     ],
 )
@@ -241,6 +255,14 @@ def test_template_that_cannot_be_told_is_refused_with_the_reason(text, reason):
     (error,) = chat.encode_batch([Conversation([Q, A, Q])])
     assert isinstance(error, FormatError)
     assert reason in str(error)
+
+
+def test_tool_calls_that_the_template_leaves_out_are_refused():
+    """The answer would be a stop token alone."""
+    with pytest.raises(FormatError, match="does not write the tool calls of message 2"):
+        encoder("llama3").encode([Q, answer("", tool_calls=[call()]), tool("2"), A])
+    with pytest.raises(FormatError, match="a tool call of message 2 is not an object"):
+        encoder("llama3").encode([Q, answer("", tool_calls=["f()"]), tool("2"), A])
 
 
 def test_rows_that_the_template_takes_go_on_beside_one_that_it_refuses():
@@ -311,6 +333,13 @@ def test_training_ids_begin_with_the_prompts_ids(qwen_tokenizer):
     chat = ChatEncoder(qwen_tokenizer)
     ids, turns, _ = chat.encode([Q, A, Q, A])
     assert [ids[:start] for start, _ in turns] == [chat.encode_prompt([Q]), chat.encode_prompt([Q, A, Q])]
+
+
+def test_shape_whose_turns_hold_two_stop_tokens_is_not_read_off():
+    text = source("<|bot|>{{ m.content }}</s>{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}</s>{% endif %}")
+    chat = ChatEncoder(with_template(text))
+    assert supervised(chat, [Q, A]) == ["Hello.</s>"]
+    assert supervised(chat, [Q, answer("Hello.", tool_calls=[call()])]) == ["Hello.</s>f</s>"]
 
 
 def test_halves_of_encode_batch_are_the_whole(qwen_tokenizer):

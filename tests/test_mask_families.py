@@ -2,6 +2,7 @@
 
 import os
 import random
+from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -64,8 +65,10 @@ def test_real_qwen_tokenizer_differs_nowhere_from_the_oracle(qwen_tokenizer):
     assert read_off > COUNT / 4
 
 
-TOKENIZERS = {case: build(FAMILIES[case[0]], case[1]) for case in CASES}
-ENCODERS = {case: ChatEncoder(tokenizer) for case, tokenizer in TOKENIZERS.items()}
+@cache
+def built(name, kind):
+    tokenizer = build(FAMILIES[name], kind)
+    return tokenizer, ChatEncoder(tokenizer)
 
 
 @settings(
@@ -78,7 +81,7 @@ ENCODERS = {case: ChatEncoder(tokenizer) for case, tokenizer in TOKENIZERS.items
 def test_hypothesis_finds_no_counter_example(data):
     """A short profile of benchmarks/mask_hypothesis.py."""
     case = data.draw(st.sampled_from(CASES))
-    family, tokenizer, encoder = FAMILIES[case[0]], TOKENIZERS[case], ENCODERS[case]
+    family, (tokenizer, encoder) = FAMILIES[case[0]], built(*case)
     rows = [data.draw(hostile_conversations(family)) for _ in range(2)]
     for row, want in zip(rows, expect(family, case[1], tokenizer, rows), strict=True):
         assert not difference(want, encoder.encode(*row))

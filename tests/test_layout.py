@@ -1,0 +1,73 @@
+"""Rules of the repository that no single module can keep."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+# In the order of the flow: a module imports only from those before it.
+FLOW = "errors recipe_yaml recipe chatglm3 chat dataset collator model trainer export metrics scoring check report run"
+
+
+def imports(path):
+    """Modules of ours that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {name for name in names if name.split(".")[0] in ("sft", "formats", "metrics", "run_sft")}
+    return found
+
+
+def test_imports_point_one_way():
+    order = FLOW.split()
+    for path in (ROOT / "sft").glob("*.py"):
+        if path.stem in order:
+            for name in imports(path):
+                parts = name.split(".")
+                if len(parts) > 1 and parts[0] == "sft" and parts[1] in order:
+                    assert order.index(parts[1]) < order.index(path.stem), f"{path.name} imports {name}"
+
+
+def test_formats_and_metrics_import_nothing_of_ours_but_the_errors():
+    for path in [*(ROOT / "formats").glob("*.py"), *(ROOT / "metrics").glob("*/*.py")]:
+        assert all(name.startswith("sft.errors") for name in imports(path)), path
+
+
+def test_only_the_trainer_module_knows_trl():
+    for path in (ROOT / "sft").rglob("*.py"):
+        if path.name not in ("trainer.py", "recipe_schema.py"):
+            assert not re.search(r"^\s*(from|import) trl\b", path.read_text(encoding="utf-8"), re.M), path
+
+
+def test_no_module_shadows_a_library():
+    names = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert not names & {"datasets", "evaluate", "accelerate", "utils"}
+
+
+def test_reading_a_recipe_imports_no_torch():
+    code = "import sys, run_sft; from sft.recipe import load_recipe; load_recipe('recipes/qwen_qlora.yaml')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"], cwd=ROOT, capture_output=True
+    )
+    assert done.stdout.strip() == b"False", done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    assert load_recipe(path).output_dir == Path("output") / path.stem
+
+
+def test_readme_commands_are_what_ci_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tests = readme.split("<!-- tests:begin -->")[1].split("<!-- tests:end -->")[0]
+    assert "pytest" in tests and "requirements-dev.txt" in tests
+    for recipe in re.findall(r"recipes/(\w+)\.yaml", readme):
+        assert (ROOT / f"recipes/{recipe}.yaml").is_file() or recipe == "mine", recipe

@@ -1,0 +1,325 @@
+"""Whole runs through run_sft.py on a tiny random model with the real Qwen2.5 tokenizer."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import run_sft
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = [
+    f"dataset.train=[{ROOT}/data/demo/train.jsonl, {ROOT}/data/demo/train_instruction.jsonl]",
+    f"dataset.validation={ROOT}/data/demo/validation.jsonl",
+    f"dataset.test={ROOT}/data/demo/test.jsonl",
+    "dataset.max_length=256",
+    "training_args.logging_steps=1",
+    "training_args.per_device_eval_batch_size=8",
+    "evaluation.generation.max_new_tokens=4",
+    "evaluation.max_samples=2",
+]
+
+
+def command(recipe, output, model, *overrides):
+    return [str(recipe), f"model_name_or_path={model}", f"output_dir={output}", *DEMO, *overrides]
+
+
+def run_process(arguments, cache):
+    """run_sft.py in a process of its own, as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run_sft.py"), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def digest(folder):
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def losses(output):
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def qlora_run(tiny_qwen, tmp_path_factory):
+    """recipes/qwen_qlora.yaml, four steps in 4 bits, everything after it."""
+    output = tmp_path_factory.mktemp("qlora") / "out"
+    arguments = command(
+        ROOT / "recipes/qwen_qlora.yaml", output, tiny_qwen, "training_args.max_steps=4", "training_args.save_steps=2"
+    )
+    assert run_sft.main(arguments) == 0
+    return output, arguments
+
+
+def test_qlora_recipe_leaves_everything_that_the_design_lists(qlora_run):
+    output, _ = qlora_run
+    for name in (
+        "checkpoint-2",
+        "checkpoint-4",
+        "lora_adapter",
+        "final_model",
+        "training_config.json",
+        "data_ledger.json",
+        "scores.json",
+        "predictions.jsonl",
+        "report.html",
+        "loss.png",
+    ):
+        assert (output / name).exists(), name
+    assert not list(output.glob(".*")), "something was left half-written"
+    config = json.loads((output / "training_config.json").read_text(encoding="utf-8"))
+    assert config["recipe"]["lora_config"]["r"] == 32
+    assert config["versions"]["trl"] == "1.16.0"
+    assert all(len(value) == 64 for value in config["data"].values())
+    copy = json.loads((output / "final_model/training_config.json").read_text(encoding="utf-8"))
+    assert copy["recipe"] == config["recipe"]
+    scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    assert scores["rows"] == 2
+    assert set(scores["base"]["bleu"]) == {"score", "low", "high", "signature"}
+    prediction = json.loads((output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert set(prediction) == {"row", "turn", "messages", "reference", "base", "tuned"}
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert history[0]["step"] == 0 and "eval_loss" in history[0], "validation before the first step"
+
+
+def test_no_pickle_is_left_beside_the_weights_that_are_given_away(qlora_run):
+    output, _ = qlora_run
+    for folder in ("lora_adapter", "final_model"):
+        assert {path.suffix for path in (output / folder).iterdir()} <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_final_model_is_base_and_adapter_in_plain_transformers_and_peft(qlora_run, tiny_qwen):
+    output, _ = qlora_run
+    code = f"""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        ids = torch.tensor([[151644, 872, 198, 6023, 151645]])
+        final = AutoModelForCausalLM.from_pretrained({str(output / "final_model")!r}, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained({str(tiny_qwen)!r}, dtype=torch.float32)
+        plain = base(ids).logits
+        tuned = PeftModel.from_pretrained(base, {str(output / "lora_adapter")!r})(ids).logits
+        tokenizer = AutoTokenizer.from_pretrained({str(output / "final_model")!r})
+        assert (tuned - plain).abs().max() > 1e-4, "training changed nothing"
+        assert (final(ids).logits - tuned).abs().max() < 0.02, "bfloat16 rounding of the merged weights at most"
+        assert 151645 in final.generation_config.eos_token_id
+        assert "<|im_start|>" in tokenizer.chat_template
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=output)
+
+
+def test_same_command_again_trains_nothing_and_changes_nothing(qlora_run, capfd):
+    output, arguments = qlora_run
+    before, log = digest(output / "lora_adapter"), losses(output)
+    assert run_sft.main(arguments) == 0
+    assert digest(output / "lora_adapter") == before
+    assert losses(output) == log
+    assert "going on from" in capfd.readouterr().out
+
+
+def test_score_and_export_verbs_redo_their_part_of_a_run(qlora_run):
+    output, arguments = qlora_run
+    before = (output / "scores.json").read_text(encoding="utf-8")
+    (output / "scores.json").unlink()
+    assert run_sft.main([*arguments, "--score"]) == 0
+    assert (output / "scores.json").read_text(encoding="utf-8") == before
+    weights = (output / "final_model/model.safetensors").read_bytes()
+    (output / "final_model/model.safetensors").unlink()
+    assert run_sft.main([*arguments, "--export"]) == 0
+    assert (output / "final_model/model.safetensors").read_bytes() == weights
+
+
+def test_checkpoint_of_another_recipe_is_not_resumed(qlora_run, capfd):
+    _, arguments = qlora_run
+    assert run_sft.main([*arguments, "training_args.learning_rate=1e-3"]) == 2
+    assert "training_args.learning_rate: 0.0002 then, 0.001 now" in capfd.readouterr().err
+
+
+def test_false_resume_refuses_an_output_dir_that_is_not_empty(qlora_run, capfd):
+    _, arguments = qlora_run
+    assert run_sft.main([*arguments, "resume_from_checkpoint=false"]) == 2
+    assert "output_dir must be empty" in capfd.readouterr().err
+
+
+LORA = ["quantization_config=null", "training_args.optim=adamw_torch", "training_args.bf16=false"]
+LORA += ["model_init.dtype=float32", "dataset.test=null", "export.merge=false", "training_args.eval_on_start=false"]
+
+
+def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, tmp_path):
+    recipe = ROOT / "recipes/qwen_qlora.yaml"
+    overrides = [*LORA, "training_args.max_steps=60", "training_args.save_steps=1000", "training_args.max_grad_norm=1"]
+    straight = command(recipe, tmp_path / "straight", tiny_qwen, *overrides)
+    stopped = command(recipe, tmp_path / "stopped", tiny_qwen, *overrides)
+    process = run_process(stopped, tmp_path / "cache")
+    seen = ""
+    while "'loss'" not in seen:
+        seen += process.stdout.readline()
+        assert process.poll() is None, seen
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, seen + rest
+    assert "the same command goes on from there" in rest
+    assert not (tmp_path / "stopped/lora_adapter").exists()
+    assert run_sft.main(stopped) == 0
+    assert run_sft.main(straight) == 0
+    assert digest(tmp_path / "stopped/lora_adapter") == digest(tmp_path / "straight/lora_adapter")
+
+
+def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path, capfd):
+    recipe = ROOT / "recipes/qwen_qlora.yaml"
+    arguments = command(
+        recipe, tmp_path / "out", tiny_qwen, *LORA, "training_args.max_steps=40", "training_args.save_steps=2"
+    )
+    process = run_process(arguments, tmp_path / "cache")
+    until = time.monotonic() + 120
+    while not (tmp_path / "out/checkpoint-4/trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    half = tmp_path / "out/checkpoint-99"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"cut off")
+    assert run_sft.main(arguments) == 0
+    said = capfd.readouterr().out
+    assert "going on from" in said and "checkpoint-99" not in said
+    assert json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 40
+
+
+def test_same_recipe_data_and_seed_give_the_same_adapter(tiny_qwen, tmp_path):
+    made = []
+    for name in ("one", "two"):
+        arguments = command(
+            ROOT / "recipes/qwen_qlora.yaml", tmp_path / name, tiny_qwen, *LORA, "training_args.max_steps=3"
+        )
+        assert run_sft.main(arguments) == 0
+        made.append(digest(tmp_path / name / "lora_adapter"))
+    assert made[0] == made[1]
+
+
+def test_full_fine_tuning_writes_a_model_and_scores_it(tiny_qwen, tmp_path):
+    arguments = command(
+        ROOT / "recipes/qwen_qlora.yaml",
+        tmp_path / "out",
+        tiny_qwen,
+        "quantization_config=null",
+        "lora_config=null",
+        "training_args.optim=adamw_torch",
+        "training_args.max_steps=2",
+        "training_args.save_strategy=no",
+        "dataset.packing=false",
+    )
+    assert run_sft.main(arguments) == 0
+    assert (tmp_path / "out/final_model/model.safetensors").is_file()
+    assert not (tmp_path / "out/lora_adapter").exists()
+    assert set(json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))) >= {"base", "tuned"}
+
+
+def test_training_in_8_bit_goes_on_from_an_adapter(tiny_qwen, tmp_path):
+    recipe = ROOT / "recipes/qwen_qlora.yaml"
+    first = command(recipe, tmp_path / "first", tiny_qwen, *LORA, "training_args.max_steps=1")
+    assert run_sft.main(first) == 0
+    adapter = tmp_path / "first/lora_adapter"
+    arguments = command(
+        recipe,
+        tmp_path / "second",
+        tiny_qwen,
+        f"adapter_name_or_path={adapter}",
+        "quantization_config={load_in_8bit: true}",
+        "training_args.max_steps=1",
+        "dataset.test=null",
+        "export.merge=false",
+    )
+    assert run_sft.main(arguments) == 0
+    assert digest(tmp_path / "second/lora_adapter") != digest(adapter)
+
+
+FLAT_SEED = """
+model_name_or_path: "Qwen/Qwen2.5-7B-Instruct"  # 基础模型路径
+dataset_path: "dataset/novel_finetuning_dataset.jsonl"  # 数据集路径
+output_dir: "output/qwen_qlora_model"  # 输出目录
+resume_from_checkpoint: true  # 是否从检查点恢复
+quantization_config:
+  load_in_4bit: true
+  bnb_4bit_quant_type: "nf4"
+  bnb_4bit_compute_dtype: "bfloat16"
+  bnb_4bit_use_double_quant: true
+lora_config:
+  r: 32  # LoRA 秩
+  lora_alpha: 64  # LoRA 缩放参数
+  lora_dropout: 0.1  # Dropout 率
+  target_modules: ["q_proj", "k_proj", "v_proj", "o_proj"]  # 目标模块
+  bias: "none"
+training_args:
+  num_train_epochs: 3
+  per_device_train_batch_size: 1
+  gradient_accumulation_steps: 8
+  learning_rate: 2e-4
+  logging_steps: 10
+  save_steps: 100
+  # ... 更多参数
+"""
+NESTED_SEED = """
+model:
+  base_model_path: "THUDM/chatglm3-6b"
+  output_dir: "../model"
+  use_4bit: true
+
+dataset:
+  train_path: "../dataset/moemuu/train.jsonl"
+  val_path: "../dataset/moemuu/test.jsonl"
+  max_length: 2048
+
+training:
+  num_epochs: 3
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 8
+  learning_rate: 2.0e-5
+
+lora:
+  use_lora: true
+  r: 8
+  lora_alpha: 32
+  target_modules: ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+"""
+
+
+def test_flat_seed_trains_as_printed(tiny_qwen, tmp_path):
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text(FLAT_SEED, encoding="utf-8")
+    data = tmp_path / "novel.jsonl"
+    row = {"instruction": "请写一个关于春天的短诗", "input": "", "output": "春风轻拂柳絮飞，\n桃花满树映朝晖。"}
+    data.write_text(
+        "".join(json.dumps({**row, "system": f"你是第{i}位小说家"}) + "\n" for i in range(9)), encoding="utf-8"
+    )
+    overrides = [f"model_name_or_path={tiny_qwen}", f"dataset_path={data}", f"output_dir={tmp_path / 'out'}"]
+    assert run_sft.main([str(recipe), *overrides, "training_args.max_steps=1"]) == 0
+    assert (tmp_path / "out/lora_adapter/adapter_config.json").is_file()
+
+
+def test_nested_seed_trains_as_printed(tiny_qwen, tmp_path):
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text(NESTED_SEED, encoding="utf-8")
+    overrides = [
+        f"model.base_model_path={tiny_qwen}",
+        f"model.output_dir={tmp_path / 'out'}",
+        f"dataset.train_path={ROOT}/data/demo/train.jsonl",
+        f"dataset.val_path={ROOT}/data/demo/validation.jsonl",
+        "training.max_steps=1",
+        "lora.target_modules=[q_proj, v_proj]",
+    ]
+    assert run_sft.main([str(recipe), *overrides]) == 0
+    assert (tmp_path / "out/lora_adapter/adapter_config.json").is_file()

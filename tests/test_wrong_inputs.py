@@ -1,0 +1,134 @@
+"""What a user can get wrong: one clear answer, exit code 2, no traceback, nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import run_sft
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = json.dumps({"conversation": [{"human": "Hi.", "assistant": "Hello."}]})
+RECIPE = """
+model_name_or_path: {model}
+output_dir: {folder}/out
+dataset:
+  train: {folder}/train.jsonl
+lora_config: {{r: 4, target_modules: [q_proj, v_proj]}}
+training_args: {{max_steps: 1, per_device_train_batch_size: 1}}
+"""
+
+
+def lines(*rows):
+    return "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+
+
+# name: (bytes of train.jsonl or None, overrides, what the answer must say)
+CASES = {
+    "missing file": (None, [], "there is no file"),
+    "empty file": (b"", [], "is empty"),
+    "only blank lines": (b"\n\n", [], "is empty"),
+    "directory": ("directory", [], "is a directory"),
+    "bad JSON on line 3": (lines(GOOD, GOOD, '{"conversation": [').encode(), [], "train.jsonl:3: is not JSON"),
+    "UTF-16": (GOOD.encode("utf-16"), [], "is UTF-16"),
+    "GBK": (lines({"conversation": [{"human": "你好", "assistant": "好"}]}).encode("gbk"), [], "is not UTF-8"),
+    "lone surrogate": (b'{"conversation": [{"human": "\\ud800", "assistant": "b"}]}\n', [], "surrogate"),
+    "a JSON text": (b'"hello"\n', [], "no format fits"),
+    "a number": (b"17\n", [], "no format fits"),
+    "no known field": (lines({"question": "a", "answer": "b"}).encode(), [], "the required fields are"),
+    "missing answer": (lines({"conversation": [{"human": "a"}]}).encode(), [], "turn 1 (assistant) is missing"),
+    "wrong type": (lines({"conversation": "a"}).encode(), [], "'conversation' is text, not a list"),
+    "answer is a number": (lines({"conversation": [{"human": "a", "assistant": 3}]}).encode(), [], "is int, not text"),
+    "empty answer": (lines({"conversation": [{"human": "a", "assistant": " "}]}).encode(), [], "turn 1 is empty"),
+    "empty conversation": (lines({"conversation": []}).encode(), [], "the conversation is empty"),
+    "no assistant": (lines({"messages": [{"role": "user", "content": "a"}]}).encode(), [], "no assistant message"),
+    "unknown role": (lines({"messages": [{"role": "bot", "content": "a"}]}).encode(), [], "is 'bot'; known are"),
+    "mixed schemas": (lines(GOOD, {"instruction": "a", "output": "b"}).encode(), [], "train.jsonl:2: the field 'conv"),
+    "control token": (
+        lines({"conversation": [{"human": "<|im_end|>", "assistant": "b"}]}).encode(),
+        [],
+        "spells the control token '<|im_end|>'",
+    ),
+    "over-long row": (
+        GOOD.encode(),
+        ["dataset.max_length=3", "dataset.overlength=error"],
+        "more than dataset.max_length",
+    ),
+    "everything dropped": (
+        GOOD.encode(),
+        ["dataset.max_length=3", "dataset.overlength=drop"],
+        "no row of dataset.train",
+    ),
+    "wrong format named": (GOOD.encode(), ["dataset.format=instruction"], "'instruction' is missing"),
+    "unknown format": (GOOD.encode(), ["dataset.format=alpacca"], "alpacca"),
+    "unknown key": (GOOD.encode(), ["dataset.max_lenght=3"], "did you mean 'max_length'?"),
+    "wrong value type": (GOOD.encode(), ["training_args.learning_rate=fast"], "learning_rate"),
+    "wrong choice": (GOOD.encode(), ["training_args.lr_scheduler_type=cosin"], "cosine"),
+    "no such model": (GOOD.encode(), ["model_name_or_path=./nosuch"], "there is no folder ./nosuch"),
+    "a folder that is no model": (GOOD.encode(), [f"model_name_or_path={ROOT}/data"], "holds no config.json"),
+    "no such adapter": (GOOD.encode(), ["adapter_name_or_path=./nosuch"], "there is no folder ./nosuch"),
+    "no such target module": (GOOD.encode(), ["lora_config.target_modules=[query]"], "has no module query"),
+    "no such checkpoint": (GOOD.encode(), ["resume_from_checkpoint=./checkpoint-7"], "there is no checkpoint"),
+    "no such template": (GOOD.encode(), ["chat.template=nosuch.jinja"], "nosuch.jinja cannot be read"),
+    "unwritable output": (GOOD.encode(), ["output_dir=/proc/out"], "/proc/out"),
+    "output is a file": (GOOD.encode(), [f"output_dir={ROOT}/LICENSE/out"], "LICENSE/out"),
+    "glob without a match": (GOOD.encode(), ["dataset.train=nosuch/*.jsonl"], "no file matches"),
+    "flash attention without a GPU": (
+        GOOD.encode(),
+        ["model_init.attn_implementation=flash_attention_2"],
+        "needs a GPU",
+    ),
+    "fp16 without a GPU": (GOOD.encode(), ["training_args.fp16=true"], "needs a GPU"),
+    "a reporter that is not there": (GOOD.encode(), ["training_args.report_to=wandb"], "pip install wandb"),
+    "quantised full fine-tuning": (
+        GOOD.encode(),
+        ["lora_config=null", "quantization_config={load_in_4bit: true}"],
+        "quantised weights cannot be trained",
+    ),
+    "no such metric": (GOOD.encode(), ["evaluation.metrics=[blue]"], "blue"),
+    "a share that holds nothing back": (GOOD.encode(), ["dataset.validation=0.5"], "holds out every row"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_gets_one_clear_answer(name, tiny_qwen, tmp_path, capfd, monkeypatch):
+    content, overrides, said = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    if content == "directory":
+        (tmp_path / "train.jsonl").mkdir()
+    elif content is not None:
+        (tmp_path / "train.jsonl").write_bytes(content)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=tiny_qwen, folder=tmp_path), encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    assert run_sft.main([str(recipe), *overrides]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith("error: ") and said in captured.err, captured.err
+    assert "Traceback" not in captured.err
+    assert sorted(tmp_path.iterdir()) == before, "something was left behind"
+
+
+def test_bad_rows_are_all_named_up_to_twenty_then_counted(tiny_qwen, tmp_path, capfd):
+    (tmp_path / "train.jsonl").write_text(lines(GOOD, *["{"] * 25), encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=tiny_qwen, folder=tmp_path), encoding="utf-8")
+    assert run_sft.main([str(recipe)]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 22
+    assert said[19].startswith(f"{tmp_path}/train.jsonl:21: is not JSON")
+    assert said[20] == "... and 5 more"
+    assert "dataset.on_error: skip" in said[21]
+
+
+def test_path_beside_the_recipe_is_pointed_at(tiny_qwen, tmp_path, capfd, monkeypatch):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(lines(GOOD), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        RECIPE.format(model=tiny_qwen, folder=tmp_path).replace(f"{tmp_path}/train", "train"), encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run_sft.main(["recipes/recipe.yaml"]) == 2
+    said = capfd.readouterr().err
+    assert "recipes/train.jsonl exists: paths are relative to the working directory" in said
+    assert said.startswith("error: recipes/recipe.yaml:5: dataset.train")

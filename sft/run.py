@@ -138,10 +138,14 @@ def train(
     """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"training {trained:,} weights on {'the CPU' if use_cpu(recipe) else torch.cuda.get_device_name()}")
+    finished = checkpoint is not None and training.is_finished(checkpoint, recipe, data)
     if checkpoint is not None:
-        say(f"going on from {checkpoint}")
+        say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
     with training.StopAtSignal() as stop, _memory_advice():
         trainer = training.make_trainer(recipe, model, tokenizer, data, [stop])
+        if finished:
+            trainer.take_up(checkpoint)
+            return trainer
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(str(training.interrupted(stop.caught, recipe)))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from sft.collator import DataCollatorForCompletionOnlyLM
@@ -62,6 +63,20 @@ class CompletionTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages what num_items_in_batch has summed
         return loss
+
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        """Keeps each weight's dtype: peft reads an adapter back as float32, and trl trains it in bfloat16 over 4 bits."""
+        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(before[name])
+
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Weights and log of a finished run, without training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 class StopAtSignal(TrainerCallback):
@@ -149,11 +164,12 @@ def make_trainer(
 
 
 def steps(recipe: Recipe, data: Data) -> int:
-    """Optimizer steps of the whole run on one process."""
+    """Optimizer steps of the whole run."""
     args = recipe.training_args
     if int(args.get("max_steps", -1)) > 0:
         return int(args["max_steps"])
     each = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
+    each *= int(os.environ.get("WORLD_SIZE", "1"))
     return math.ceil(math.ceil(len(data.train) / each) * float(args.get("num_train_epochs", 3)))
 
 
@@ -168,6 +184,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
         if step.isdigit() and _is_whole(folder):
             found.append((int(step), folder))
     return [folder for _, folder in sorted(found)]
+
+
+def is_finished(checkpoint: Path, recipe: Recipe, data: Data) -> bool:
+    """Whether nothing is left to train after this checkpoint; the Trainer would train one step more."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= state.max_steps >= steps(recipe, data)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from sft.chat import CONTROL_AS_TEXT, HEADER_MERGED, PROMPT_PARTED, ChatEncoder, Conversation
@@ -122,6 +122,13 @@ def test_content_that_is_missing_or_none_beside_tool_calls_is_none():
     tool_call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
     for message in ({"role": "assistant", "tool_calls": [call()]}, answer(None, tool_calls=[call()])):
         assert supervised(chat, [Q, message, tool("2"), A]) == [tool_call, "Hello.<|im_end|>"]
+
+
+def test_key_that_is_none_is_no_key():
+    tokenizer = with_template(source("<|bot|>{{ m.content }}{% if m.name is defined %}!{% endif %}</s>"))
+    message = answer("Hello.", name=None)
+    assert supervised(ChatEncoder(tokenizer), [Q, message]) == ["Hello.</s>"]
+    assert tokenizer.apply_chat_template([Q, message], tokenize=False).endswith("Hello.</s>")
 
 
 def test_tool_call_whose_content_the_template_never_writes():
@@ -396,6 +403,30 @@ def test_control_token_in_tool_definitions():
     ids = chat.encode([Q, A], tools).input_ids
     assert chat.tokenizer.decode(ids) == chat.render([Q, A], tools)
     assert ids.count(chat.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+
+
+def test_control_token_in_tool_definitions_is_found_in_a_shape_that_is_read_off():
+    clean, spelled = ([{"type": "function", "function": {"name": "f", "description": d}}] for d in ("d", SPELLED))
+    good, again, bad = encoder("qwen2_5").encode_batch([Conversation([Q, A], t) for t in (clean, clean, spelled)])
+    assert list(good.input_ids) == list(again.input_ids)
+    assert isinstance(bad, FormatError)
+
+
+def test_text_that_the_tokenizer_can_only_encode_as_a_control_token_is_refused():
+    """A Unigram model may hold "</s>" among its pieces, and then finds it in plain text."""
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((c, -5.0) for c in "</s>Helo.i abc|userbt")]
+    backend = Tokenizer(models.Unigram(list(dict(pieces).items()), unk_id=0))
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("</s>", "<|user|>", "<|bot|>")])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=source("<|bot|>{{ m.content }}</s>"),
+        unk_token="<unk>",
+        eos_token="</s>",
+    )
+    chat = ChatEncoder(tokenizer, spelled_control_tokens="text")
+    assert len(chat.encode([Q, A]).turns) == 1
+    with pytest.raises(FormatError, match="only encode as a control token"):
+        chat.encode([user("a </s> b"), A])
 
 
 def test_control_token_within_another_stays_text():

@@ -127,7 +127,7 @@ def test_same_command_again_trains_nothing_and_changes_nothing(qlora_run, capfd)
     assert run_sft.main(arguments) == 0
     assert digest(output / "lora_adapter") == before
     assert losses(output) == log
-    assert "going on from" in capfd.readouterr().out
+    assert "training is finished" in capfd.readouterr().out
 
 
 def test_score_and_export_verbs_redo_their_part_of_a_run(qlora_run):

@@ -32,7 +32,7 @@ def to_messages(row: dict[str, Any], system: str | None = None) -> list[dict[str
             raise FormatError(f"tool_calls of message {number} must be a list, in an assistant message")
         if not isinstance(content, str) and not (content is None and calls):
             raise FormatError(f"the content of message {number} is {type(content).__name__}, not text")
-        if role == "assistant" and not calls and not content.strip():
+        if role == "assistant" and not calls and not (content or "").strip():
             raise FormatError(f"the answer in message {number} is empty")
     if not any(message["role"] == "assistant" for message in messages):
         raise FormatError("there is no assistant message")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["DataCollatorForCompletionOnlyLM"]
+__all__ = ["DataCollatorForCompletionOnlyLM"]  # noqa: F822 - __getattr__ below gives it
 
 
 def __getattr__(name: str) -> Any:

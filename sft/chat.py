@@ -34,7 +34,7 @@ from tokenizers import Encoding, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from sft.errors import FormatError, ModelError
+from sft.errors import ControlTokenError, FormatError, ModelError
 
 Message = dict[str, Any]
 
@@ -359,7 +359,7 @@ class ChatEncoder:
         rust = self._rust
         if spelled := self.find_control_tokens(messages, tools):
             if not self.as_text:
-                raise FormatError(f"spells the control token {spelled[0]!r}")
+                raise ControlTokenError(f"spells the control token {spelled[0]!r}")
             messages, tools, rust = self._split_spelled(messages, tools)
             notes.append(CONTROL_AS_TEXT)
         located = self._locate(messages, tools)

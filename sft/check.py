@@ -1,9 +1,12 @@
 """What can be told before training: the masks as a person sees them, and the memory a run will ask for."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.dataset import Data
@@ -31,40 +34,67 @@ def render_pieces(pieces: Pieces, colour: bool) -> str:
     return "".join(f"{on}{text}{off}" if trained else text for text, trained in pieces)
 
 
-def estimate_memory(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
-    """Bytes of a training step by what they are for, from the model without weights.
+def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False) -> dict[str, int]:
+    """Bytes of a training step by what they are for, from the model without weights. An estimate, not a bound.
 
-    Activations are those of one layer's inputs for each layer with gradient checkpointing, of about sixteen such
-    tensors a layer without; logits are of half the tokens, in 4 bytes and twice. An estimate, not a bound.
+    w is the width of the model's dtype in bytes, tokens a whole batch of the longest rows.
+
+    - weights: w each. Quantised ones, the linear layers without their biases and without the head, take 1 byte in 8
+      bits; in 4 bits half a byte and their blocks' scales: for 64 weights 4 bytes, or with double quantisation 1, and 4
+      for 256 of those. Embeddings, head and norms are never quantised.
+    - gradients and optimizer: for each trained weight a gradient and AdamW's two moments in that weight's own dtype, the
+      moments 1 byte each where `optim` says 8bit; LoRA weights themselves as well. LoRA weights are float32, beside a
+      quantised model bfloat16, as trl casts them.
+    - activations: a layer keeps about w x (16 x hidden + 4 x intermediate) a token, measured on Llama-like layers, and
+      as much again at its turn to go backward. With gradient checkpointing only one does, the others keep their input,
+      w x hidden. A 4-bit layer is unpacked to be used: the largest, at w.
+    - logits: on a CPU for half the tokens (those with a label, about): w for the logits, 4 for each of log-softmax, its
+      gradient and theirs. On a GPU trl computes them in tiles of at most 4096 tokens x 32768 entries.
     """
-    args = recipe.training_args
-    width = model.dtype.itemsize
-    quantised = recipe.quantization_config or {}
-    linear = {
-        id(module.weight)
-        for name, module in model.named_modules()
+    args, config = recipe.training_args, model.config.get_text_config()
+    width, quantised = model.dtype.itemsize, recipe.quantization_config or {}
+    linear = [
+        module.weight.numel()
+        for module in model.modules()
         if type(module).__name__ == "Linear" and module is not model.get_output_embeddings()
-    }
-    bytes_each = 0.5 + 1 / 16 if quantised.get("load_in_4bit") else 1 if quantised.get("load_in_8bit") else width
-    weights = sum(int(p.numel() * (bytes_each if id(p) in linear else width)) for p in model.parameters())
-    trained = trained_weights(recipe, model)
-    moments = 2 if "8bit" in str(args.get("optim", "")) else 8
-    lora = trained * 4 if recipe.lora_config or recipe.adapter_name_or_path else 0  # these stand beside the weights
-    train = trained * (moments + 4) + lora
-    config = model.config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
+    ]
+    total = sum(p.numel() for p in model.parameters())
+    weights, unpacked = total * width, 0
+    if quantised.get("load_in_4bit"):
+        scale = 1 + 4 / 256 if quantised.get("bnb_4bit_use_double_quant") else 4
+        weights, unpacked = int(sum(linear) * (0.5 + scale / 64)), max(linear, default=0) * width
+    elif quantised.get("load_in_8bit"):
+        weights = sum(linear)
+    if quantised:
+        weights += (total - sum(linear)) * width
+
+    trained, lora = trained_weights(recipe, model), bool(recipe.lora_config or recipe.adapter_name_or_path)
+    each = (2 if quantised else 4) if lora else width
+    moments = 2 if "8bit" in str(args.get("optim", "")) else 2 * each
+    train = trained * (each + moments + (each if lora else 0))
+
     tokens = int(args.get("per_device_train_batch_size", 8)) * recipe.dataset.max_length
-    kept = 1 if args.get("gradient_checkpointing", True) else 16
-    activations = tokens * hidden * width * (layers * kept + 24)
-    logits = tokens // 2 * config.vocab_size * 4 * 2
-    return {"weights": weights, "gradients and optimizer": train, "activations": activations, "logits": logits}
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    layer = tokens * width * (16 * hidden + 4 * getattr(config, "intermediate_size", 4 * hidden))
+    checkpointed = args.get("gradient_checkpointing", True)
+    activations = tokens * width * hidden * layers + 2 * layer if checkpointed else layer * (layers + 1)
+
+    tile = min(tokens // 2, 4096) * min(config.vocab_size, 32768) * width
+    logits = tokens // 2 * config.vocab_size * (width + 12) if on_cpu else tile
+    return {
+        "weights": weights,
+        "gradients and optimizer": train,
+        "activations": activations + unpacked,
+        "logits": logits,
+    }
 
 
 def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool) -> tuple[str, bool]:
     """The estimate against what the machine has, with what to change; whether it fits."""
-    parts = estimate_memory(recipe, model)
+    parts = estimate_memory(recipe, model, on_cpu)
     need = sum(parts.values())
-    free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info()[0]
+    shared = on_cpu or not torch.cuda.is_available()  # Apple's GPUs use the machine's own memory
+    free = psutil.virtual_memory().available if shared else torch.cuda.mem_get_info()[0]
     where = "memory" if on_cpu else "GPU memory"
     detail = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     line = f"{where}: about {need / 1e9:.1f} GB needed ({detail}), {free / 1e9:.1f} GB free"
@@ -100,17 +130,17 @@ def stop_token_line(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def trained_weights(recipe: Recipe, model: PreTrainedModel) -> int:
-    """How many weights are trained: LoRA's, by its rank and target modules, or all."""
-    if not (recipe.lora_config or recipe.adapter_name_or_path):
+    """How many weights are trained: all, or what peft puts on a copy of the model without weights."""
+    if recipe.adapter_name_or_path:
+        config = PeftConfig.from_pretrained(str(Path(recipe.adapter_name_or_path).expanduser()))
+        config.inference_mode = False
+    elif recipe.lora_config is not None:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config})
+    else:
         return sum(p.numel() for p in model.parameters())
-    config = recipe.lora_config or {}
-    targets, rank = config.get("target_modules"), int(config.get("r", 8))
-    return sum(
-        rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if type(module).__name__ == "Linear" and module is not model.get_output_embeddings()
-        if not isinstance(targets, list) or name.rsplit(".", 1)[-1] in targets
-    )
+    config.init_lora_weights = False  # there is nothing to compute them from
+    adapted = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def samples(data: Data, tokenizer: PreTrainedTokenizerBase, count: int = 2) -> list[dict[str, Any]]:

@@ -5,20 +5,15 @@ and the options that matter; the policies of the recipe (error, skip, drop) are 
 change of policy costs nothing. With several processes the first does the work and the others wait for it.
 """
 
-import glob
 import hashlib
-import importlib
 import json
 import os
 import shutil
-import sys
 import tempfile
-from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +25,15 @@ from tqdm.auto import tqdm
 
 from sft.chat import ChatEncoder, Conversation, Encoded
 from sft.errors import ControlTokenError, DataError, FormatError
+from sft.packing import best_fit, pack
 from sft.recipe import Recipe, Source
+from sft.rows import FORMATS, detect_format, expand, hub_revision, load_formats, read_rows, to_conversation
 
-FORMATS = Path(__file__).resolve().parent.parent / "formats"
+__all__ = ["Data", "Problem", "TokenFile", "best_fit", "ledger_table", "pack", "prepare", "tokenise_file"]
+
 SHOWN = 20  # problems printed before a count
-BATCH = 1000  # rows tokenised at once
+BATCH = 1000  # rows tokenised at once, fewer where they are long:
+BATCH_CHARACTERS = 2**24  # far below the 2**31 tokens that an Arrow list of a batch can hold
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -58,162 +57,6 @@ class Problem(NamedTuple):
     line: int
     kind: str
     message: str
-
-
-# ------------------------------------------------------------------------------------------------------------ formats
-
-
-class Format(NamedTuple):
-    name: str
-    fields: dict[str, dict[str, Any]]
-    to_messages: Callable[..., list[dict[str, Any]]]
-
-
-def load_formats() -> dict[str, Format]:
-    """Every file of formats/ by its name."""
-    root = str(FORMATS.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    found = {}
-    for path in sorted(FORMATS.glob("*.py")):
-        if path.stem != "__init__":
-            module = importlib.import_module(f"formats.{path.stem}")
-            found[path.stem] = Format(path.stem, module.FIELDS, module.to_messages)
-    return found
-
-
-def detect_format(row: Any) -> Format:
-    """The format whose required fields a row has; of several, the one that asks for the most.
-
-    Raises: FormatError: no format fits.
-    """
-    formats = load_formats()
-    fits = [f for f in formats.values() if isinstance(row, dict) and all(key in row for key in f.fields["required"])]
-    if fits:
-        return max(fits, key=lambda f: len(f.fields["required"]))
-    wants = "; ".join(f"{f.name}: {', '.join(f.fields['required'])}" for f in formats.values())
-    found = f"the fields {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__
-    raise FormatError(f"no format fits {found}; the required fields are {wants}")
-
-
-def to_conversation(row: Any, fmt: Format, system: str | None) -> Conversation:
-    """Checks a row's fields and reads it. Raises: FormatError: what is wrong with it."""
-    if not isinstance(row, dict):
-        raise FormatError(f"the row is {_json_type(row)}, not an object")
-    for kind in ("required", "optional"):
-        for key, wanted in fmt.fields[kind].items():
-            value = row.get(key)
-            if value is None:
-                if kind == "required":
-                    raise FormatError(f"the field {key!r} is {'null' if key in row else 'missing'} (format {fmt.name})")
-            elif not isinstance(value, wanted):
-                raise FormatError(f"the field {key!r} is {_json_type(value)}, not {_wanted(wanted)}")
-    tools = row.get("tools") if "tools" in fmt.fields["optional"] else None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise FormatError(f"the field 'tools' is not JSON: {error}") from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise FormatError("the field 'tools' must be a list of JSON schemas")
-    return Conversation(fmt.to_messages(row, system), tools or None)
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _wanted(types: type | tuple[type, ...]) -> str:
-    names = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "a boolean"}
-    return " or ".join(names.get(t, t.__name__) for t in (types if isinstance(types, tuple) else (types,)))
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-def expand(source: Source, recipe: Recipe, key: str) -> list[Path | str]:
-    """The files of a source, or the hub id it is. Raises: RecipeError: neither."""
-    path = Path(source.path)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise recipe.error(key, f"{source.path} is a directory; name its files, e.g. {source.path.rstrip('/')}/*.jsonl")
-    if any(c in source.path for c in "*?["):
-        files = [Path(name) for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_file()]
-        if files:
-            return list(files)
-        raise recipe.error(key, f"no file matches {source.path} (working directory: {Path.cwd()})")
-    beside = recipe.path.parent / source.path
-    hint = f"; {beside} exists: paths are relative to the working directory" if beside.exists() else ""
-    if hint or path.suffix or source.path.count("/") != 1 or source.path.startswith((".", "/", "~")):
-        raise recipe.error(key, f"there is no file {source.path} (working directory: {Path.cwd()}){hint}")
-    return [source.path]
-
-
-def read_rows(file: Path | str) -> Iterator[tuple[int, Any]]:
-    """(line, row) of a JSON lines file, a JSON array or a hub data set; a row that cannot be read is a FormatError.
-
-    Raises: DataError: the file as a whole cannot be read.
-    """
-    if isinstance(file, str):
-        yield from enumerate(_hub_rows(file), start=1)
-        return
-    try:
-        with open(file, "rb") as stream:
-            head = stream.read(4)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[1:2] == b"\0":
-                raise DataError(f"{file}: is UTF-16, not UTF-8; save it as UTF-8")
-            stream.seek(3 if head[:3] == b"\xef\xbb\xbf" else 0)
-            empty = True
-            for number, line in enumerate(stream, start=1):
-                if line.isspace():
-                    continue
-                if empty and line.lstrip()[:1] == b"[":
-                    yield from _array_rows(file)
-                    return
-                empty = False
-                yield number, _parsed(line)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    if empty:
-        raise DataError(f"{file}: is empty; one JSON object a line is needed")
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        return FormatError(f"is not UTF-8 ({byte}); if the file is GBK or the like, save it as UTF-8")
-    except ValueError as error:
-        what = getattr(error, "msg", str(error))
-        return FormatError(f"is not JSON: {what} at column {getattr(error, 'colno', 1)}")
-    except RecursionError:
-        return FormatError("is JSON nested too deep to read")
-    if b"\\ud" in line or b"\\uD" in line:  # an escaped surrogate: alone, no tokenizer can take it
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            return FormatError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return row
-
-
-def _array_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: begins as a JSON array and is not one: {error}") from None
-    if not rows:
-        raise DataError(f"{file}: is an empty array")
-    yield from enumerate(rows, start=1)
-
-
-def _hub_rows(name: str) -> Iterable[Any]:
-    try:
-        return datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # whatever the hub client raises, it is about this name or the network
-        raise DataError(f"{name}: is no file here, and the hub does not give it: {error}".splitlines()[0]) from None
 
 
 # --------------------------------------------------------------------------------------------------------- tokenising
@@ -256,14 +99,15 @@ class _Tokeniser:
                 self.problems.append(Problem(line, UNREADABLE, str(error)))
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
-        """Arrow batches of SCHEMA. While one batch is in the tokenizer's Rust code the next is read."""
+        """Arrow batches of SCHEMA. While one batch is in the tokenizer's Rust code the next is read and rendered."""
         stream = self.conversations(rows)
         with ThreadPoolExecutor(1) as pool:
             pending: Future | None = None
             waiting: list[tuple[int, Conversation]] = []
             while True:
-                batch = list(islice(stream, BATCH))
-                following = pool.submit(self.encoder.encode_batch, [c for _, c in batch]) if batch else None
+                batch = _next_batch(stream)
+                rendered = self.encoder.render_batch([conversation for _, conversation in batch])
+                following = pool.submit(self.encoder.encode_rendered, rendered) if batch else None
                 if pending is not None:
                     yield self._to_arrow(waiting, pending.result())
                 if following is None:
@@ -271,52 +115,61 @@ class _Tokeniser:
                 pending, waiting = following, batch
 
     def _to_arrow(self, batch: list[tuple[int, Conversation]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
-        ids, masks, lines, hashes = [], [], [], []
+        ids: list[np.ndarray] = []
+        lines, hashes, starts, stops = [], [], [], []
+        begin = 0  # of the row in the batch's tokens
         for (line, conversation), row in zip(batch, encoded, strict=True):
-            if isinstance(row, ControlTokenError):
-                self.problems.append(Problem(line, CONTROL, str(row)))
-                continue
-            if isinstance(row, FormatError):
-                self.problems.append(Problem(line, UNREADABLE, str(row)))
-                continue
-            if not row.turns:
-                self.problems.append(Problem(line, UNREADABLE, "there is no assistant turn to train on"))
-                continue
-            if len(row.input_ids) > self.options.max_length:
-                kept = self._trimmed(conversation, row) if self.options.overlength == "trim" else None
+            if isinstance(row, FormatError) or not row.turns or len(row.input_ids) > self.options.max_length:
+                kept = self._mended(line, conversation, row)
                 if kept is None:
-                    said = f"{len(row.input_ids):,} tokens, more than dataset.max_length {self.options.max_length:,}"
-                    if self.options.overlength == "trim":
-                        said += ", and its first answer does not end within it"
-                    self.problems.append(Problem(line, OVERLONG, said))
                     continue
                 row = kept
-                self.trimmed.append(line)
-            tokens = np.asarray(row.input_ids, dtype=np.int32)
-            mask = np.zeros(len(tokens), dtype=np.int8)
+            tokens = np.ascontiguousarray(row.input_ids, dtype=np.int32)
             for start, stop in row.turns[-1:] if self.last_turn else row.turns:
-                mask[start:stop] = 1
+                starts.append(begin + start)
+                stops.append(begin + stop)
+            begin += len(tokens)
             ids.append(tokens)
-            masks.append(mask)
             lines.append(line)
-            hashes.append(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest())
+            hashes.append(hashlib.blake2b(memoryview(tokens), digest_size=8).digest())
             for note in row.notes:
                 self.notes[note] += 1
-        offsets = pa.array(np.cumsum([0, *map(len, ids)], dtype=np.int32))
-        flat_mask = np.concatenate(masks) if masks else np.zeros(0, np.int8)
-        flat_ids = np.concatenate(ids) if ids else np.zeros(0, np.int32)
+        edges = np.zeros(begin + 1, dtype=np.int8)  # turns are apart and not empty: no place is a start twice
+        edges[starts] += 1
+        edges[stops] -= 1
         self.used += len(ids)
-        self.tokens += len(flat_ids)
-        self.supervised += int(flat_mask.sum(dtype=np.int64))
+        self.tokens += begin
+        self.supervised += sum(stops) - sum(starts)
+        offsets = pa.array(np.cumsum([0, *map(len, ids)], dtype=np.int64)).cast(pa.int32())  # raises past 2**31
         return pa.record_batch(
             [
-                pa.ListArray.from_arrays(offsets, pa.array(flat_ids)),
-                pa.ListArray.from_arrays(offsets, pa.array(flat_mask)),
+                pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([np.zeros(0, np.int32), *ids]))),
+                pa.ListArray.from_arrays(offsets, pa.array(np.cumsum(edges[:-1], dtype=np.int8))),
                 pa.array(lines, pa.int32()),
                 pa.array(np.frombuffer(b"".join(hashes), dtype=np.int64)),
             ],
             schema=SCHEMA,
         )
+
+    def _mended(self, line: int, conversation: Conversation, row: Encoded | FormatError) -> Encoded | None:
+        """What is kept of a row that cannot be taken as it is; None: nothing, and `problems` says why."""
+        trim = self.options.overlength == "trim"
+        try:
+            if isinstance(row, FormatError):
+                raise row
+            if not row.turns:
+                raise FormatError("there is no assistant turn to train on")
+            if trim and (kept := self._trimmed(conversation, row)) is not None:
+                self.trimmed.append(line)
+                return kept
+        except FormatError as error:
+            kind = CONTROL if isinstance(error, ControlTokenError) else UNREADABLE
+            self.problems.append(Problem(line, kind, str(error)))
+            return None
+        said = f"{len(row.input_ids):,} tokens, more than dataset.max_length {self.options.max_length:,}"
+        said += ", and its first answer does not end within it" if trim else ""
+        self.problems.append(Problem(line, OVERLONG, said))
+        return None
 
     def _trimmed(self, conversation: Conversation, row: Encoded) -> Encoded | None:
         """The longest beginning that ends with an answer and fits, encoded as the conversation that it then is."""
@@ -341,6 +194,17 @@ class _Tokeniser:
         }
 
 
+def _next_batch(stream: Iterator[tuple[int, Conversation]]) -> list[tuple[int, Conversation]]:
+    batch, characters = [], 0
+    for item in stream:
+        batch.append(item)
+        for message in item[1].messages:
+            characters += len(message.get("content") or "")
+        if len(batch) == BATCH or characters > BATCH_CHARACTERS:
+            break
+    return batch
+
+
 def cache_folder() -> Path:
     """Where tokenised files are kept: beside the datasets library's own cache."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
@@ -353,32 +217,44 @@ def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Reci
         json.dumps([digest, fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
     ).hexdigest()[:32]
     folder = cache_folder() / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "facts.json").is_file():
-            # Made beside its place and moved there when whole: a killed run leaves nothing that looks finished.
-            partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
-            try:
-                _write(partial, file, fmt, encoder, recipe)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(partial, folder)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "facts.json").is_file():
+                _make(folder, file, fmt, encoder, recipe)
+    except OSError as error:
+        said = f"{folder.parent}: token rows cannot be kept there ({error.strerror or error})"
+        raise DataError(f"{said}; name another folder with the environment variable HF_DATASETS_CACHE") from None
     kept = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     problems = [Problem(*problem) for problem in kept.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return TokenFile(str(file), rows, {"sha256": digest, **kept}, problems)
 
 
+def _make(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
+    """Writes the rows beside their place and moves them there when whole: a killed run leaves nothing that looks so."""
+    for left in [folder, *folder.parent.glob(f"{folder.name}.*")]:  # of a killed run: the lock is ours
+        if left.is_dir():
+            shutil.rmtree(left)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        _write(partial, file, fmt, encoder, recipe)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     tokeniser = _Tokeniser(encoder, recipe, fmt)
-    bar = tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False)
-    with open(folder / "rows.arrow", "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    with (
+        tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
+        open(folder / "rows.arrow", "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+    ):
         for batch in tokeniser.batches(read_rows(file)):
             writer.write_batch(batch)
             bar.update(tokeniser.read - bar.n)
-    bar.close()
     tokeniser.problems.sort()
     facts = {**tokeniser.facts(), "problems": tokeniser.problems}
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
@@ -386,7 +262,7 @@ def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recip
 
 def _digest_of(file: Path | str) -> str:
     if isinstance(file, str):
-        return f"hub:{file}"
+        return f"hub:{file}@{hub_revision(file)}"
     try:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -415,7 +291,7 @@ def _options(recipe: Recipe) -> list[Any]:
 def _code_digest(fmt: str) -> str:
     """Of the code that makes the rows: a change of it makes them anew."""
     here = Path(__file__).resolve().parent
-    files = [here / "chat.py", here / "dataset.py", *sorted((here / "chatglm3").glob("*.py"))]
+    files = [*(here / name for name in ("chat.py", "dataset.py", "rows.py")), *sorted((here / "chatglm3").glob("*.py"))]
     files += sorted(FORMATS.glob("*.py")) if fmt == "auto" else [FORMATS / f"{fmt}.py"]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -448,19 +324,23 @@ def prepare(recipe: Recipe, tokenizer: Any, scoring_only: bool = False) -> Data:
     """
     options = recipe.dataset
     encoder = ChatEncoder(tokenizer, "text" if options.control_tokens == "text" else "error")
-    names = ("test",) if scoring_only and isinstance(options.test, tuple) else ("train", "validation", "test")
+    names: tuple[str, ...] = (
+        ("test",) if scoring_only and isinstance(options.test, tuple) else ("train", "validation", "test")
+    )
     if options.streaming:
         names = tuple(name for name in names if name != "train")
+    made: dict[tuple[str, str], TokenFile] = {}  # a file may be in several splits
     splits: dict[str, list[tuple[TokenFile, float]]] = {}
     for name in names:
-        sources = getattr(options, name)
-        if isinstance(sources, tuple):
-            found = [(source, file) for source in sources for file in expand(source, recipe, f"dataset.{name}")]
-            splits[name] = [(tokenise_file(file, s.format, encoder, recipe), s.weight) for s, file in found]
-    _apply_policies(splits, recipe)
-    once = {file.path: file for entries in splits.values() for file, _ in entries}
-    for file in once.values():
-        encoder.stop_ids.update(file.facts.pop("stop_ids"))
+        if isinstance(getattr(options, name), tuple):
+            splits[name] = []
+            for source, file in _files(recipe, name):
+                key = (str(file), source.format)
+                made[key] = made.get(key) or tokenise_file(file, source.format, encoder, recipe)
+                splits[name].append((made[key], source.weight))
+    _apply_policies(splits, list(made.values()), recipe)
+    for token_file in made.values():
+        encoder.stop_ids.update(token_file.facts.pop("stop_ids"))
     files = {name: [file for file, _ in entries] for name, entries in splits.items()}
     rows = {name: _all_rows(entries) for name, entries in files.items()}
     hashes = {name: _hashes(entries) for name, entries in files.items()}
@@ -469,7 +349,8 @@ def prepare(recipe: Recipe, tokenizer: Any, scoring_only: bool = False) -> Data:
     for name in ("validation", "test"):
         share = getattr(options, name)
         if isinstance(share, float):
-            held = _held_out(hashes["train"][chosen["train"]], share, f"{seed}:{name}")
+            wanted = max(1, round(len(hashes["train"]) * share))
+            held = _held_out(hashes["train"][chosen["train"]], wanted, f"{seed}:{name}")
             if not held.any() or held.all():
                 part = "no row" if not held.any() else "every row"
                 raise recipe.error(f"dataset.{name}", f"a share of {share} holds out {part} of {len(held):,}")
@@ -477,19 +358,34 @@ def prepare(recipe: Recipe, tokenizer: Any, scoring_only: bool = False) -> Data:
             chosen[name], chosen["train"] = chosen["train"][held], chosen["train"][~held]
     ledger = _ledger(files, hashes, chosen, splits)
     conversations = _conversations(files["test"], chosen["test"], recipe) if "test" in chosen else []
-    data = Data(encoder, None, None, conversations, list(once.values()), ledger)
+    data = Data(encoder, None, None, conversations, list(made.values()), ledger)
     if "train" in chosen:
         weights = np.concatenate([np.full(len(file.rows), weight) for file, weight in splits["train"]])
         chosen["train"] = _weighted(chosen["train"], weights, seed)
-    made = {name: _view(rows[name], chosen[name]) for name in chosen}
+        if not len(chosen["train"]):
+            raise recipe.error("dataset.train", "its weights leave no row; raise them")
+    views = {name: _view(rows[name], chosen[name]) for name in chosen if name != "test"}
     if options.packing:
-        made = {name: pack(view, options.max_length) for name, view in made.items() if name != "test"}
-        ledger["packing"] = {name: len(view) for name, view in made.items()}
-    data.train, data.validation = made.get("train"), made.get("validation")
+        views = {name: pack(view, options.max_length) for name, view in views.items()}
+        ledger["packing"] = {name: len(view) for name, view in views.items()}
+    data.train, data.validation = views.get("train"), views.get("validation")
     if options.streaming and not scoring_only:
         data.train = _stream(recipe, encoder)
         ledger["streamed"] = [source.path for source in options.train]
     return data
+
+
+def _files(recipe: Recipe, split: str) -> list[tuple[Source, Path | str]]:
+    """The files of a split, each with the source that names it. Raises: RecipeError: one is named twice."""
+    found: dict[str, tuple[Source, Path | str]] = {}
+    for source in getattr(recipe.dataset, split):
+        for file in expand(source, recipe, f"dataset.{split}"):
+            place = os.path.realpath(file) if isinstance(file, Path) else file
+            if place in found:
+                said = f"names {file} twice; give it a weight if its rows are to be seen more often"
+                raise recipe.error(f"dataset.{split}", said)
+            found[place] = (source, file)
+    return list(found.values())
 
 
 def _all_rows(files: list[TokenFile]) -> datasets.Dataset:
@@ -501,16 +397,15 @@ def _hashes(files: list[TokenFile]) -> np.ndarray:
     return np.concatenate([column.to_numpy() for column in columns])
 
 
-def _held_out(hashes: np.ndarray, share: float, seed: str) -> np.ndarray:
+def _held_out(hashes: np.ndarray, wanted: int, seed: str) -> np.ndarray:
     """Which rows are held out: by a seeded hash of their content, so that equal rows stay on one side.
 
-    Returns: bool, (rows,); about `share` of them, at least one.
+    Returns: bool, (rows,); `wanted` of them, and what equals the last of these.
     """
     salt = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
     mixed = (hashes.astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
     mixed ^= mixed >> np.uint64(32)
-    wanted = max(1, round(len(hashes) * share))
-    return mixed <= np.partition(mixed, wanted - 1)[wanted - 1] if len(hashes) else np.zeros(0, dtype=bool)
+    return mixed <= np.partition(mixed, min(wanted, len(mixed)) - 1)[min(wanted, len(mixed)) - 1]
 
 
 def _weighted(rows: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
@@ -546,10 +441,9 @@ def _refuse_problems(files: Iterable[tuple[str, list[Problem]]], recipe: Recipe)
         raise DataError("\n".join([*said, f"mend the {len(refused):,} rows; or set {advice}"]))
 
 
-def _apply_policies(splits: dict[str, list[tuple[TokenFile, float]]], recipe: Recipe) -> None:
+def _apply_policies(splits: dict[str, list[tuple[TokenFile, float]]], once: list[TokenFile], recipe: Recipe) -> None:
     """Raises: DataError: bad rows where these are errors, nothing left to use, or more lost than dataset.max_lost."""
-    once = {file.path: file for entries in splits.values() for file, _ in entries}
-    _refuse_problems([(path, file.problems) for path, file in once.items()], recipe)
+    _refuse_problems([(file.path, file.problems) for file in once], recipe)
     for name, entries in splits.items():
         read = sum(file.facts["rows"] for file, _ in entries)
         lost = sum(len(file.problems) + len(file.facts["trimmed"]) for file, _ in entries)
@@ -572,92 +466,40 @@ def _apply_policies(splits: dict[str, list[tuple[TokenFile, float]]], recipe: Re
 def _conversations(files: list[TokenFile], chosen: np.ndarray, recipe: Recipe) -> list[tuple[str, Conversation]]:
     """The chosen rows of the test split again as messages, for scoring."""
     found: list[tuple[str, Conversation]] = []
-    wanted, begin = set(chosen.tolist()), 0
+    begin = 0
     for file in files:
-        lines = {line: begin + i for i, line in enumerate(file.rows.data.column("line").to_pylist())}
-        begin += len(lines)
-        fmt = load_formats()[file.facts["format"]]
-        for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
-            if lines.get(line) in wanted:
-                found.append((f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)))
+        inside = chosen[(chosen >= begin) & (chosen < begin + len(file.rows))] - begin
+        begin += len(file.rows)
+        if len(inside):
+            wanted = set(file.rows.data.column("line").to_numpy()[inside].tolist())
+            fmt = load_formats()[file.facts["format"]]
+            for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
+                if line in wanted:
+                    found.append((f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)))
     return found
 
 
 def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:
     """Rows tokenised as training asks for them, nothing kept on disk; a bad row stops the run when it is reached."""
-    sources = [(source, file) for source in recipe.dataset.train for file in expand(source, recipe, "dataset.train")]
+    files = _files(recipe, "train")
+    if any(source.weight != 1 for source, _ in files):
+        raise recipe.error("dataset.train", "a stream has no weights; take them out, or set dataset.streaming: false")
 
     def rows() -> Iterator[dict[str, Any]]:
-        for source, file in sources:
+        given = 0
+        for source, file in files:
             tokeniser = _Tokeniser(encoder, recipe, source.format)
             for batch in tokeniser.batches(read_rows(file)):
                 _refuse_problems([(str(file), tokeniser.problems)], recipe)
+                tokeniser.problems.clear()
+                given += len(batch)
                 for row in batch.to_pylist():
                     yield {"input_ids": row["input_ids"], "assistant_mask": row["assistant_mask"]}
+            _refuse_problems([(str(file), tokeniser.problems)], recipe)
+        if not given:
+            raise DataError("no row of dataset.train is left to use")
 
     return datasets.IterableDataset.from_generator(rows)
-
-
-# ------------------------------------------------------------------------------------------------------------ packing
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows put into as few bins as best-fit decreasing finds; each list holds the rows of one bin.
-
-    >>> best_fit([3, 5, 2, 4], capacity=7)
-    [[1, 2], [3, 0]]
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    room: list[int] = []  # capacities that some open bin still has, ascending
-    open_bins: dict[int, list[int]] = defaultdict(list)
-    bins: list[list[int]] = []
-    for row in order:
-        at = bisect_left(room, lengths[row])
-        if at == len(room):
-            bins.append([row])
-            left, chosen = capacity - lengths[row], len(bins) - 1
-        else:
-            size = room[at]
-            chosen = open_bins[size].pop()
-            if not open_bins[size]:
-                room.pop(at)
-            bins[chosen].append(row)
-            left = size - lengths[row]
-        if left > 0:
-            if not open_bins[left]:
-                insort(room, left)
-            open_bins[left].append(chosen)
-    return bins
-
-
-def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
-    """Puts whole conversations together up to `max_length` tokens, without copying them.
-
-    Returns: rows of input_ids, assistant_mask and seq_lengths (tokens of each conversation in it). The collator gives
-    each conversation its own positions, by which no token attends to another conversation.
-    """
-    lengths = np.diff(_offsets(rows)).tolist()
-    bins = best_fit(lengths, max(max_length, max(lengths)))
-
-    def gather(batch: dict[str, list]) -> dict[str, list]:
-        made: dict[str, list] = {"input_ids": [], "assistant_mask": [], "seq_lengths": []}
-        for members in batch["rows"]:
-            picked = rows.select(members, keep_in_memory=True)[:]
-            made["seq_lengths"].append([len(ids) for ids in picked["input_ids"]])
-            for column in ("input_ids", "assistant_mask"):
-                made[column].append([token for row in picked[column] for token in row])
-        return made
-
-    return datasets.Dataset.from_dict({"rows": bins}).with_transform(gather)
-
-
-def _offsets(rows: datasets.Dataset) -> np.ndarray:
-    """Cumulated lengths, int64, (rows + 1,)."""
-    lengths = [pa.compute.list_value_length(chunk).to_numpy() for chunk in rows.data.column("input_ids").chunks]
-    counts = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
-    if rows._indices is not None:
-        counts = counts[rows._indices.column(0).to_numpy()]
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 # ------------------------------------------------------------------------------------------------------------- ledger
@@ -678,11 +520,11 @@ def _ledger(files: dict, hashes: dict, chosen: dict, splits: dict) -> dict[str, 
             )
     ledger: dict[str, Any] = {"files": entries, "rows": {name: len(value) for name, value in chosen.items()}}
     if "train" in chosen:
-        repeated = _repeats(files["train"], hashes["train"])
-        ledger["duplicates"] = {"rows": len(repeated), "named": repeated[:SHOWN]}
+        count, named = _repeats(files["train"], hashes["train"])
+        ledger["duplicates"] = {"rows": count, "named": named}
     if "train" in chosen and "test" in chosen:
-        leaked = _leaks(files, hashes, chosen)
-        ledger["test_in_train"] = {"rows": len(leaked), "named": leaked[:SHOWN]}
+        count, named = _leaks(files, hashes, chosen)
+        ledger["test_in_train"] = {"rows": count, "named": named}
     return ledger
 
 
@@ -694,25 +536,30 @@ def _place(files: list[TokenFile], index: int) -> str:
     raise IndexError(index)
 
 
-def _repeats(files: list[TokenFile], hashes: np.ndarray) -> list[str]:
-    """Rows that say what an earlier row says, as "later = earlier"."""
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    pairs = sorted((int(order[i + 1]), int(order[i])) for i in same)
-    return [f"{_place(files, later)} = {_place(files, earlier)}" for later, earlier in pairs[:SHOWN]] + [""] * max(
-        0, len(pairs) - SHOWN
-    )
+def _repeats(files: list[TokenFile], hashes: np.ndarray) -> tuple[int, list[str]]:
+    """How many rows say what an earlier row says, and some of them as "later = earlier"."""
+    ordered = np.sort(hashes)  # with `hashes` 16 bytes a row, and no more: hence the slices
+    count, values = 0, np.zeros(0, hashes.dtype)
+    for begin in range(0, len(ordered), 2**16):
+        part = ordered[begin : begin + 2**16 + 1]
+        again = part[1:][part[1:] == part[:-1]]
+        count += len(again)
+        values = np.union1d(values, again)[:SHOWN]
+    pairs = []
+    for value in values:
+        places = np.flatnonzero(hashes == value)[: SHOWN + 1].tolist()
+        pairs += [(later, places[0]) for later in places[1:]]
+    return count, [f"{_place(files, later)} = {_place(files, first)}" for later, first in sorted(pairs)[:SHOWN]]
 
 
-def _leaks(files: dict, hashes: dict, chosen: dict) -> list[str]:
-    train = np.sort(hashes["train"][chosen["train"]])
+def _leaks(files: dict, hashes: dict, chosen: dict) -> tuple[int, list[str]]:
+    """How many rows of the test split are in the training split, and the first of them."""
+    train = hashes["train"][chosen["train"]]
+    train.sort()
     rows = chosen["test"]
-    if not len(train):
-        return []
     at = np.searchsorted(train, hashes["test"][rows])
-    inside = train[np.minimum(at, len(train) - 1)] == hashes["test"][rows]
-    leaked = rows[inside]
-    return [_place(files["test"], int(i)) for i in leaked[:SHOWN]] + [""] * max(0, len(leaked) - SHOWN)
+    leaked = rows[train[np.minimum(at, len(train) - 1)] == hashes["test"][rows]]
+    return len(leaked), [_place(files["test"], int(i)) for i in leaked[:SHOWN]]
 
 
 def ledger_table(ledger: dict[str, Any]) -> str:

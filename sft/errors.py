@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something in the recipe, the data or the machine is not as it must be; the text says where, what and what to do."""
+    """Something in the recipe, the data or the machine is not as it must be: where, what was found, what to do."""
 
 
 class RecipeError(UserError):

@@ -88,7 +88,7 @@ def save_adapter(recipe: Recipe, save_model: Callable[[str], None]) -> Path:
 
 
 def save_final_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], trained: PreTrainedModel | None = None
+    recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], trained: Any = None
 ) -> Path:
     """final_model/: safetensors, tokenizer, template, and a generation config that stops where training ended a turn.
 

@@ -244,7 +244,7 @@ def _keep_4bit_weights_trainable(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - torch's stubs know no such attribute
 
 
 def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:

@@ -70,7 +70,7 @@ class DatasetOptions:
     control_tokens: Literal["error", "skip", "text"] = option("error", "rows whose text spells a control token")
     max_lost: float = option(0.05, "share of rows that may be skipped, dropped or trimmed", minimum=0, maximum=1)
     packing: bool = option(True, "several conversations in a row of max_length tokens")
-    num_proc: int | None = option(None, "processes that read and tokenize", minimum=1)
+    num_proc: int | None = option(None, "threads that tokenise; null: one a core", minimum=1)
     streaming: bool = option(False, "read while training")
 
 

@@ -75,6 +75,8 @@ def set_up(recipe: Recipe, debug: bool) -> None:
         warnings.filterwarnings("ignore")
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    if recipe.dataset.num_proc:
+        os.environ["RAYON_NUM_THREADS"] = str(recipe.dataset.num_proc)  # read when the tokenizer first uses threads
     transformers.set_seed(int(recipe.training_args.get("seed", 42)))
 
 
@@ -133,18 +135,18 @@ def _memory_advice() -> Iterator[None]:
 
 
 def train(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, checkpoint: Path | None
+    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, checkpoint: Path | None
 ) -> training.CompletionTrainer:
     """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"training {trained:,} weights on {'the CPU' if use_cpu(recipe) else torch.cuda.get_device_name()}")
-    finished = checkpoint is not None and training.is_finished(checkpoint, recipe, data)
+    finished = checkpoint if checkpoint and training.is_finished(checkpoint, recipe, data) else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
     with training.StopAtSignal() as stop, _memory_advice():
         trainer = training.make_trainer(recipe, model, tokenizer, data, [stop])
         if finished:
-            trainer.take_up(checkpoint)
+            trainer.take_up(finished)
             return trainer
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
@@ -168,7 +170,7 @@ def save(
         say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, trainer.model)}")
 
 
-def score(recipe: Recipe, data: Data, model: PreTrainedModel) -> None:
+def score(recipe: Recipe, data: Data, model: Any) -> None:
     """Scores base and tuned on the test split, if there is one."""
     if not data.test_conversations or not is_first_process():
         return
@@ -177,7 +179,8 @@ def score(recipe: Recipe, data: Data, model: PreTrainedModel) -> None:
         if hasattr(model, "disable_adapter"):
             models = [("base", model, False, recipe.model_name_or_path), ("tuned", model, True, made_by)]
         else:
-            base = load_model(recipe).to(model.device)
+            base: Any = load_model(recipe)
+            base.to(model.device)
             models = [("base", base, True, recipe.model_name_or_path), ("tuned", model, True, made_by)]
         scoring.score(recipe, data.encoder, data.test_conversations, models)
 
@@ -233,16 +236,19 @@ def score_again(recipe: Recipe) -> int:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
     device = "cpu" if use_cpu(recipe) else torch.device("cuda" if torch.cuda.is_available() else "mps")
-    base = load_model(recipe)
-    base = base if recipe.quantization_config else base.to(device)
+    base: Any = load_model(recipe)
+    if not recipe.quantization_config:
+        base.to(device)
     origin = recipe.model_name_or_path
     chosen = recipe.adapter_name_or_path or (str(adapter) if adapter.is_dir() else None)
+    models: list[tuple[str, Any, bool, str]]
     if chosen:
         model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
         made_by = export.weights_digest(recipe, Path(chosen))
         models = [("base", model, False, origin), ("tuned", model, True, made_by)]
     elif final.is_dir() and recipe.lora_config is None:
-        tuned = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype).to(device)
+        tuned: Any = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype)
+        tuned.to(device)
         models = [("base", base, True, origin), ("tuned", tuned, True, export.weights_digest(recipe, final))]
     else:
         say(f"{recipe.output_dir} holds no run: scoring {origin} alone")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sft.export import generation_config, write_json
 from sft.recipe import Recipe
 
 OWN_COLUMNS = ("predictions", "finished")
+LOGIT_ROWS = 4096  # tokens whose logits are held at once: with 152,000 tokens in the vocabulary 1.2 GB in bfloat16
 
 
 @dataclass
@@ -31,10 +32,7 @@ class Turn:
     number: int
     conversation: Conversation
     prompt: list[int] = field(repr=False)
-
-    @property
-    def reference(self) -> str:
-        return self.conversation.messages[self.number].get("content") or ""
+    reference: str
 
     @property
     def key(self) -> str:
@@ -42,14 +40,42 @@ class Turn:
 
 
 def list_turns(conversations: Sequence[tuple[str, Conversation]], encoder: ChatEncoder) -> list[Turn]:
-    """Every assistant turn with what the model is given to answer it: the history as it stands in the data."""
+    """Every assistant turn with what the model is given to answer it: the history as it stands in the data.
+
+    The reference is the content of the message; where it calls tools, the text that the model is trained to write.
+    """
     found = []
     for place, conversation in conversations:
-        for number, message in enumerate(conversation.messages):
-            if message["role"] == "assistant":
-                prompt = encoder.encode_prompt(conversation.messages[:number], conversation.tools)
-                found.append(Turn(place, number, conversation, prompt))
+        messages, tools = conversation
+        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for k, number in enumerate(numbers):
+            reference = messages[number].get("content") or ""
+            if messages[number].get("tool_calls"):
+                encoded = encoder.encode(messages, tools)
+                start, stop = encoded.turns[k]
+                reference = without_thoughts(written_text(encoder, encoded.input_ids[start : stop - 1]))
+            prompt = encoder.encode_prompt(messages[:number], tools)
+            found.append(Turn(place, number, conversation, prompt, reference))
     return found
+
+
+def written_text(encoder: ChatEncoder, ids: Iterable[int]) -> str:
+    """The text of an answer's tokens, its stop token left out."""
+    text = str(encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+    if encoder.native:  # a ChatGLM3 answer begins with a line of metadata: empty, or the name of a tool
+        metadata, _, rest = text.partition("\n")
+        return text if metadata.strip() else rest.lstrip(" ")
+    return text
+
+
+def without_thoughts(text: str) -> str:
+    """What stands after the reasoning, if there is any.
+
+    >>> without_thoughts("<think>\\n\\n</think>\\n\\nAye."), without_thoughts("Aye.")
+    ('Aye.', 'Aye.')
+    """
+    _, end, rest = text.rpartition("</think>")
+    return rest.lstrip("\n") if end else text
 
 
 class Answers:
@@ -60,9 +86,9 @@ class Answers:
 
     def __init__(self, path: Path, making: dict[str, Any]):
         self.path, self.known = path, {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         kept = []
-        for line in lines:
+        for line in text.split("\n"):  # not splitlines: an answer may hold U+2028 and its like
             try:
                 kept.append(json.loads(line))
             except ValueError:
@@ -74,9 +100,9 @@ class Answers:
         try:
             # Without the broken line; moved into place so that no answer can be lost on the way.
             beside = path.with_name(f".{path.name}.partial")
-            beside.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+            beside.write_text("".join(_line(entry) for entry in kept), encoding="utf-8", newline="\n")
             os.replace(beside, path)
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = open(path, "a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -86,7 +112,10 @@ class Answers:
         self._file.write(_line(entry))
 
     def flush(self) -> None:
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
         self._file.close()
@@ -97,23 +126,30 @@ def _line(value: Any) -> str:
 
 
 @contextmanager
-def for_generation(model: PreTrainedModel, adapter: bool) -> Iterator[PreTrainedModel]:
-    """The model in eval mode, without its own generation defaults; adapter: False switches a LoRA off."""
+def for_generation(model: Any, adapter: bool) -> Iterator[None]:
+    """The model in eval mode, without its own generation defaults; adapter: False switches a LoRA off.
+
+    Gradient checkpointing stays as it is: in eval mode no layer does it.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    training, defaults, checkpointing = model.training, inner.generation_config, inner.is_activation_checkpointing
+    training, defaults = model.training, inner.generation_config
     off = nullcontext() if adapter or not hasattr(model, "disable_adapter") else model.disable_adapter()
-    if checkpointing:
-        inner.gradient_checkpointing_disable()
     inner.generation_config = GenerationConfig()  # generate() would fill what ours leaves open with these
     try:
         with off, torch.inference_mode():
             model.eval()
-            yield model
+            yield
     finally:
         inner.generation_config = defaults
-        if checkpointing:
-            inner.gradient_checkpointing_enable()
         model.train(training)
+
+
+def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> set[int]:
+    """What ends an answer: the template's stop tokens, the model's own and its tokenizer's."""
+    holders = (encoder.tokenizer, model.config.get_text_config(), model.generation_config)
+    own = [getattr(holder, "eos_token_id", None) for holder in holders]
+    lists = [[ids] if isinstance(ids, int) else ids or [] for ids in own]
+    return encoder.stop_ids.union(*lists)
 
 
 def answer(
@@ -127,25 +163,40 @@ def answer(
 ) -> None:
     """Generates what `answers` does not hold yet: batches of like length, left-padded, the longest first."""
     waiting = sorted((t for t in turns if (name, t.key) not in answers.known), key=lambda t: -len(t.prompt))
-    tokenizer, stops = encoder.tokenizer, set(config.eos_token_id)
+    stops = set(config.eos_token_id)
     bar = tqdm(total=len(turns), initial=len(turns) - len(waiting), desc=f"Answers ({name})", disable=None, leave=False)
-    for begin in range(0, len(waiting), batch_size):
-        batch = waiting[begin : begin + batch_size]
-        width = max(len(turn.prompt) for turn in batch)
-        fill = [width - len(turn.prompt) for turn in batch]
-        pad = tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * n + turn.prompt for n, turn in zip(fill, batch, strict=True)], device=model.device)
-        mask = torch.tensor([[0] * n + [1] * (width - n) for n in fill], device=model.device)
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        for turn, row in zip(batch, made[:, width:].tolist(), strict=True):
+    while waiting:
+        batch = waiting[:batch_size]
+        try:
+            made = generate(model, encoder, [turn.prompt for turn in batch], config)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size = (batch_size + 1) // 2
+            torch.cuda.empty_cache()
+            continue
+        for turn, row in zip(batch, made, strict=True):
             end = next((i for i, token in enumerate(row) if token in stops), None)
-            text = tokenizer.decode(row[:end], skip_special_tokens=True)
-            if encoder.native:  # a ChatGLM3 answer begins with a line of metadata, mostly empty
-                text = text.partition("\n")[2].lstrip(" ")
+            text = written_text(encoder, row[:end])
+            text = text if "</think>" in turn.reference else without_thoughts(text)
             answers.add(name, turn.key, text, end is not None)
         answers.flush()
+        del waiting[: len(batch)]
         bar.update(len(batch))
     bar.close()
+
+
+def generate(
+    model: Any, encoder: ChatEncoder, prompts: Sequence[list[int]], config: GenerationConfig
+) -> list[list[int]]:
+    """What the model writes after each prompt, in one batch; after a stop token come pad tokens."""
+    width = max(map(len, prompts))
+    fill = [width - len(prompt) for prompt in prompts]
+    pad = encoder.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(fill, prompts, strict=True)], device=model.device)
+    mask = torch.tensor([[0] * n + [1] * (width - n) for n in fill], device=model.device)
+    options = {"generation_config": config, "tokenizer": encoder.tokenizer}  # the tokenizer for stop_strings
+    return model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:].tolist()
 
 
 def reference_losses(
@@ -155,9 +206,11 @@ def reference_losses(
     places = {turn.place: turn.conversation for turn in turns}
     found: dict[str, tuple[float, int, int]] = {}
     rows = [(place, c, encoder.encode(c.messages, c.tools)) for place, c in places.items()]
-    rows.sort(key=lambda row: len(row[2].input_ids))
-    for begin in tqdm(range(0, len(rows), batch_size), desc="References", disable=None, leave=False):
-        batch = rows[begin : begin + batch_size]
+    rows.sort(key=lambda row: -len(row[2].input_ids))
+    bar = tqdm(total=len(rows), desc="References", disable=None, leave=False)
+    while rows:
+        size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][2].input_ids)))
+        batch, rows = rows[:size], rows[size:]
         width = max(len(e.input_ids) for _, _, e in batch)
         pad = encoder.tokenizer.pad_token_id or 0
         ids = torch.tensor([[*e.input_ids, *[pad] * (width - len(e.input_ids))] for _, _, e in batch])
@@ -171,6 +224,8 @@ def reference_losses(
                 loss = cross_entropy(predicted, wanted, reduction="sum").item()
                 correct = int((predicted.argmax(-1) == wanted).sum())
                 found[f"{place}#{number}"] = (loss, correct, stop - start)
+        bar.update(len(batch))
+    bar.close()
     columns = zip(*(found[turn.key] for turn in turns), strict=True)
     return dict(zip(("loss_sum", "correct", "tokens"), map(list, columns), strict=True))
 
@@ -194,23 +249,24 @@ def score(
         raise DataError("the test split has no assistant turn to score")
     references = [turn.reference for turn in turns]
     wanted = {column for name in options.metrics for column in metrics.load_metric(name).features}
-    config, columns = None, {}
-    making: dict[str, Any] = {"recipe": {"evaluation": recipe.to_dict()["evaluation"]}, "turns": len(turns)}
-    making["prompts"] = _digest([turn.prompt for turn in turns])
+    columns: dict[str, dict[str, list]] = {}
     models = list(models)
+    stops = sorted(set().union(*(stop_ids(model, encoder) for _, model, _, _ in models)))
+    config = generation_config(recipe, encoder.tokenizer, stops)
+    made_of = {key: recipe.to_dict()[key] for key in ("model_init", "quantization_config")}
+    making = {"generation": options.generation, "stops": stops, **made_of}
+    making["prompts"] = _digest([turn.prompt for turn in turns])
     making["models"] = {name: made_by for name, _, _, made_by in models}
-    answers = Answers(recipe.output_dir / "predictions.partial.jsonl", making)
-    for name, model, adapter, _ in models:
-        with for_generation(model, adapter):
-            own = model.config.get_text_config().eos_token_id
-            stops = encoder.stop_ids | set([own] if isinstance(own, int) else own or [])
-            config = generation_config(recipe, encoder.tokenizer, stops)
-            answer(model, encoder, turns, answers, name, config, options.batch_size)
-            entries = [answers.known[name, turn.key] for turn in turns]
-            columns[name] = {"predictions": [e["text"] for e in entries], "finished": [e["finished"] for e in entries]}
-            if wanted - {"references", *OWN_COLUMNS}:
-                columns[name] |= reference_losses(model, encoder, turns, options.batch_size)
-    answers.close()
+    making = json.loads(json.dumps(making, default=str))
+    with closing(Answers(recipe.output_dir / "predictions.partial.jsonl", making)) as answers:
+        for name, model, adapter, _ in models:
+            with for_generation(model, adapter):
+                answer(model, encoder, turns, answers, name, config, options.batch_size)
+                entries = [answers.known[name, turn.key] for turn in turns]
+                columns[name] = {"predictions": [entry["text"] for entry in entries]}
+                columns[name]["finished"] = [entry["finished"] for entry in entries]
+                if wanted - {"references", *OWN_COLUMNS}:
+                    columns[name] |= reference_losses(model, encoder, turns, options.batch_size)
     scores = metrics.score(
         references,
         columns.get("base"),
@@ -227,7 +283,7 @@ def score(
 
 def _write_predictions(path: Path, turns: Sequence[Turn], columns: dict[str, dict[str, list]]) -> None:
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as stream:
+    with open(beside, "w", encoding="utf-8", newline="\n") as stream:
         for i, turn in enumerate(turns):
             given = {name: columns[name]["predictions"][i] if name in columns else None for name in ("base", "tuned")}
             messages = turn.conversation.messages[: turn.number]

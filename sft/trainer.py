@@ -1,6 +1,7 @@
 """Training with TRL's SFTTrainer; the only file that knows it."""
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import signal
 import threading
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,21 @@ class CompletionTrainer(SFTTrainer):
     and top-1 of each, which is most of a step; the loss here is the same number without that.
     """
 
+    @cached_property
+    def _is_plain_loss(self) -> bool:
+        """Whether the loss is cross-entropy and nothing else, of a model that can project chosen positions only."""
+        args: Any = self.args
+        inner: Any = self.accelerator.unwrap_model(self.model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        return (
+            args.loss_type == "nll"
+            and not args.label_smoothing_factor
+            and not self.aux_loss_enabled
+            and "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+        )
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if return_outputs or inputs["input_ids"].device.type == "cuda" or self.args.label_smoothing_factor:
+        if inputs["input_ids"].device.type == "cuda" or not self._is_plain_loss or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")[:, 1:]
@@ -66,10 +81,11 @@ class CompletionTrainer(SFTTrainer):
 
 
     def _load_from_checkpoint(self, *args, **kwargs):
-        """Keeps each weight's dtype: peft reads an adapter back as float32, and trl trains it in bfloat16 over 4 bits."""
-        before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
+        model: Any = self.model
+        before = {name: parameter.dtype for name, parameter in model.named_parameters()}
         super()._load_from_checkpoint(*args, **kwargs)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(before[name])
 
 
@@ -168,9 +184,10 @@ def steps(recipe: Recipe, data: Data) -> int:
     args = recipe.training_args
     if int(args.get("max_steps", -1)) > 0:
         return int(args["max_steps"])
+    rows: Any = data.train
     each = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
     each *= int(os.environ.get("WORLD_SIZE", "1"))
-    return math.ceil(math.ceil(len(data.train) / each) * float(args.get("num_train_epochs", 3)))
+    return math.ceil(math.ceil(len(rows) / each) * float(args.get("num_train_epochs", 3)))
 
 
 # ------------------------------------------------------------------------------------------------------------- resume

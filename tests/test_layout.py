@@ -12,7 +12,10 @@ from sft.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 # In the order of the flow: a module imports only from those before it.
-FLOW = "errors recipe_yaml recipe chatglm3 chat dataset collator model trainer export metrics scoring check report run"
+FLOW = (
+    "errors recipe_yaml recipe chatglm3 chat rows packing dataset collator model trainer export metrics scoring check "
+    "report run"
+)
 
 
 def imports(path):

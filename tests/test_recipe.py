@@ -187,6 +187,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "metrics": ["bleu", "chrf", "rouge"],
             "batch_size": 16,
             "max_samples": None,
+            "language": None,
             "generation": {"max_new_tokens": 256},
         },
         "export": {"merge": True, "format": None},

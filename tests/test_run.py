@@ -160,7 +160,7 @@ LORA += ["model_init.dtype=float32", "dataset.test=null", "export.merge=false", 
 
 def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, tmp_path):
     recipe = ROOT / "recipes/qwen_qlora.yaml"
-    overrides = [*LORA, "training_args.max_steps=60", "training_args.save_steps=1000", "training_args.max_grad_norm=1"]
+    overrides = [*LORA, "training_args.max_steps=12", "training_args.save_steps=1000"]
     straight = command(recipe, tmp_path / "straight", tiny_qwen, *overrides)
     stopped = command(recipe, tmp_path / "stopped", tiny_qwen, *overrides)
     process = run_process(stopped, tmp_path / "cache")
@@ -181,7 +181,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, t
 def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path, capfd):
     recipe = ROOT / "recipes/qwen_qlora.yaml"
     arguments = command(
-        recipe, tmp_path / "out", tiny_qwen, *LORA, "training_args.max_steps=40", "training_args.save_steps=2"
+        recipe, tmp_path / "out", tiny_qwen, *LORA, "training_args.max_steps=12", "training_args.save_steps=2"
     )
     process = run_process(arguments, tmp_path / "cache")
     until = time.monotonic() + 120
@@ -196,7 +196,7 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path
     assert run_sft.main(arguments) == 0
     said = capfd.readouterr().out
     assert "going on from" in said and "checkpoint-99" not in said
-    assert json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 40
+    assert json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 12
 
 
 def test_same_recipe_data_and_seed_give_the_same_adapter(tiny_qwen, tmp_path):
@@ -318,6 +318,7 @@ def test_nested_seed_trains_as_printed(tiny_qwen, tmp_path):
         f"model.output_dir={tmp_path / 'out'}",
         f"dataset.train_path={ROOT}/data/demo/train.jsonl",
         f"dataset.val_path={ROOT}/data/demo/validation.jsonl",
+        "dataset.max_length=256",
         "training.max_steps=1",
         "lora.target_modules=[q_proj, v_proj]",
     ]

@@ -57,8 +57,9 @@ def gradients(model, batch):
 class _Plain:
     """What compute_loss reads of a trainer."""
 
+    _is_plain_loss = True
+
     class args:
-        label_smoothing_factor = 0
         average_tokens_across_devices = False
 
 

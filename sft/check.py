@@ -23,7 +23,7 @@ def mask_pieces(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], mask: 
     for i in range(1, len(input_ids) + 1):
         if i == len(input_ids) or mask[i] != mask[begin]:
             text = tokenizer.decode(input_ids[begin:i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            pieces.append((text, bool(mask[begin])))
+            pieces.append((str(text), bool(mask[begin])))
             begin = i
     return pieces
 
@@ -37,26 +37,25 @@ def render_pieces(pieces: Pieces, colour: bool) -> str:
 def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False) -> dict[str, int]:
     """Bytes of a training step by what they are for, from the model without weights. An estimate, not a bound.
 
-    w is the width of the model's dtype in bytes, tokens a whole batch of the longest rows.
+    Below, w is the bytes of a number of the model's dtype, and tokens a batch of rows of max_length.
 
-    - weights: w each. Quantised ones, the linear layers without their biases and without the head, take 1 byte in 8
-      bits; in 4 bits half a byte and their blocks' scales: for 64 weights 4 bytes, or with double quantisation 1, and 4
-      for 256 of those. Embeddings, head and norms are never quantised.
-    - gradients and optimizer: for each trained weight a gradient and AdamW's two moments in that weight's own dtype, the
-      moments 1 byte each where `optim` says 8bit; LoRA weights themselves as well. LoRA weights are float32, beside a
-      quantised model bfloat16, as trl casts them.
-    - activations: a layer keeps about w x (16 x hidden + 4 x intermediate) a token, measured on Llama-like layers, and
-      as much again at its turn to go backward. With gradient checkpointing only one does, the others keep their input,
-      w x hidden. A 4-bit layer is unpacked to be used: the largest, at w.
-    - logits: on a CPU for half the tokens (those with a label, about): w for the logits, 4 for each of log-softmax, its
-      gradient and theirs. On a GPU trl computes them in tiles of at most 4096 tokens x 32768 entries.
+    - weights: w each. Of a quantised model's linear layers, without biases and the head, 1 byte each in 8 bits. In 4
+      bits half a byte, and for every 64 a scale of 4 bytes; with double quantisation of 1, and 4 for 256 such scales.
+    - gradients and optimizer: for each trained weight a gradient and AdamW's two moments in that weight's own dtype;
+      moments of 1 byte where `optim` says 8bit. LoRA weights come on top: float32, or bfloat16 beside a quantised
+      model, where trl casts them.
+    - activations: a layer keeps about w x (16 x hidden + 4 x intermediate) a token, and takes as much again when its
+      gradients are made. With gradient checkpointing that is one layer at a time; of the others only the inputs are
+      kept, w x hidden a token. The largest 4-bit layer is unpacked beside them.
+    - logits: on a GPU trl makes them in tiles, 4096 tokens x 32768 entries at most. On a CPU they are made of the
+      tokens with a label, here half of all: w for the logits, and 4 bytes three times over for softmax and gradients.
     """
     args, config = recipe.training_args, model.config.get_text_config()
     width, quantised = model.dtype.itemsize, recipe.quantization_config or {}
     linear = [
         module.weight.numel()
         for module in model.modules()
-        if type(module).__name__ == "Linear" and module is not model.get_output_embeddings()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
     ]
     total = sum(p.numel() for p in model.parameters())
     weights, unpacked = total * width, 0
@@ -130,7 +129,10 @@ def stop_token_line(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def trained_weights(recipe: Recipe, model: PreTrainedModel) -> int:
-    """How many weights are trained: all, or what peft puts on a copy of the model without weights."""
+    """How many weights are trained: all, or what peft puts on a copy of the model without weights.
+
+    Raises: RecipeError: peft refuses lora_config for this model.
+    """
     if recipe.adapter_name_or_path:
         config = PeftConfig.from_pretrained(str(Path(recipe.adapter_name_or_path).expanduser()))
         config.inference_mode = False
@@ -139,7 +141,10 @@ def trained_weights(recipe: Recipe, model: PreTrainedModel) -> int:
     else:
         return sum(p.numel() for p in model.parameters())
     config.init_lora_weights = False  # there is nothing to compute them from
-    adapted = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+    try:
+        adapted = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise recipe.error("lora_config", str(error).splitlines()[0]) from None
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

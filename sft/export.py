@@ -96,10 +96,8 @@ def save_final_model(
     """
     if trained is None:
         base = load_model(recipe, quantised=False)
-        # Merged in float32: in bfloat16 much of a small change is rounded away before it is added.
-        dtype = base.dtype
-        merged = load_adapter(base.float(), str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
-        trained = merged.merge_and_unload(safe_merge=True).to(dtype)
+        merged: Any = load_adapter(base, str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
+        trained = merged.merge_and_unload(safe_merge=True)
 
     def fill(folder: Path) -> None:
         _set_stops(trained, tokenizer, stop_ids)

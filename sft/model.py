@@ -35,8 +35,8 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
     fetch = "; fetch it with: python -m sft.fetch" if "smollm2" in name.lower() else ""
     if looks_local:
         raise recipe.error(key, f"there is no folder {name} (working directory: {Path.cwd()}){fetch}")
-    revision = recipe.model_init.get("revision")
-    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+    revision, cache = recipe.model_init.get("revision"), recipe.model_init.get("cache_dir")
+    if isinstance(try_to_load_from_cache(name, file, cache, revision), str):
         offline = not _hub_answers(name, revision)
         return {"local_files_only": True} if offline else {}
     try:
@@ -102,7 +102,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def plain_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     """A chat template for a model without one, from the recipe's instruction and response templates.
 
-    >>> # "### Human:\\n" and "### Assistant:\\n" give: ### Human:\\nHi.\\n### Assistant:\\nHello.</s>\\n
+    "### Human:" and "### Assistant:", each with a line break after it, give for one exchange:
+    ### Human:\\nHi.\\n### Assistant:\\nHello.</s>\\n
     """
 
     def text(value: str | list[int] | None) -> str:

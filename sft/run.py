@@ -134,12 +134,16 @@ def _memory_advice() -> Iterator[None]:
         ) from None
 
 
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the GPU"
+
+
 def train(
     recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, checkpoint: Path | None
 ) -> training.CompletionTrainer:
     """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"training {trained:,} weights on {'the CPU' if use_cpu(recipe) else torch.cuda.get_device_name()}")
+    say(f"training {trained:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
     finished = checkpoint if checkpoint and training.is_finished(checkpoint, recipe, data) else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
@@ -253,10 +257,13 @@ def score_again(recipe: Recipe) -> int:
     else:
         say(f"{recipe.output_dir} holds no run: scoring {origin} alone")
         models = [("base", base, True, origin)]
-    scoring.score(recipe, data.encoder, data.test_conversations, models)
+    scores = scoring.score(recipe, data.encoder, data.test_conversations, models)
     if (recipe.output_dir / "training_config.json").is_file():
         page.write_report(recipe.output_dir)
-    say(page.summary(recipe.output_dir))
+        say(page.summary(recipe.output_dir))
+    else:  # no run, so no page of it
+        for name, entry in ((f"{m} {n}", e) for m in ("base", "tuned") for n, e in scores.get(m, {}).items()):
+            say(f"{name:<24}{entry.get('reason') or round(entry['score'], 2)}")
     return 0
 
 

@@ -107,12 +107,12 @@ def command(released, tmp_path_factory):
         f"dataset.test={ROOT}/data/demo/test.jsonl",
         "dataset.max_length=256",
         "training_args.max_steps=2",
-        "training_args.gradient_accumulation_steps=2",
+        "training_args.gradient_accumulation_steps=1",
         "training_args.learning_rate=1e-2",
         "training_args.save_steps=1",
         "training_args.logging_steps=1",
         "training_args.per_device_eval_batch_size=8",
-        "evaluation.generation.max_new_tokens=8",
+        "evaluation.generation.max_new_tokens=4",
         "evaluation.max_samples=2",
     ]
 
@@ -298,6 +298,30 @@ def test_the_chatglm_export_has_the_original_names_and_loads_back(command, relea
         torch.testing.assert_close(model(ids).logits, tuned(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_full_fine_tuning_of_a_model_in_the_home_folder_is_exported_and_scored(
+    command, released, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(released.parent))
+    output = tmp_path / "out"
+    arguments = [
+        *command,
+        f"model_name_or_path='~/{released.name}'",
+        f"output_dir={output}",
+        "quantization_config=null",
+        "lora_config=null",
+        "dataset.validation=null",
+        "training_args.max_steps=1",
+        "training_args.save_strategy=no",
+        "export.format=chatglm",
+    ]
+    run_command(arguments)
+    assert (output / "final_model/tokenizer.model").is_file()
+    assert "transformer.output_layer.weight" in parameter_names(output / "final_model")
+    scores = (output / "scores.json").read_text(encoding="utf-8")
+    run_command([*arguments, "--score"])
+    assert (output / "scores.json").read_text(encoding="utf-8") == scores
+
+
 def test_answers_hold_no_metadata_line_and_no_control_token(output):
     for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
         answer = json.loads(line)
@@ -305,22 +329,26 @@ def test_answers_hold_no_metadata_line_and_no_control_token(output):
             assert not any(token in text for token in ("<|user|>", "<|assistant|>", "[gMASK]", "</s>"))
 
 
-def test_check_shows_ledger_masks_stop_tokens_and_memory(command, tmp_path):
+def test_check_shows_ledger_masks_stop_tokens_and_memory(command, released, tmp_path):
     output = tmp_path / "out"
     said = run_command([*command, f"output_dir={output}", "--check"])
     assert not output.exists(), "--check writes nothing"
     assert "train.jsonl" in said
-    # The first row of data/demo, as the released format has it; the space after a role's line is no token of its own.
-    header = "<|system|> \n You are Maren, keeper of the lighthouse on Skerry Rock.<|user|> \n Hello there!<|assistant|>"
-    answer = (
-        "Ahoy, friend. Come in out of the spray, the kettle's on and the stairs are only ninety-six. "
-        "What brings you to my rock? The lamp's lit for you."
+    # The first row; each message is two texts, the line of its role and what it says, each with SentencePiece's space.
+    prompt = (
+        "[gMASK]sop<|system|> \n You are Maren, keeper of the lighthouse on Skerry Rock."
+        "<|user|> \n Hello there!<|assistant|>"
     )
-    assert f"{header}[[ \n {answer}</s>]]" in said.replace("[gMASK] sop", "").replace("[gMASK]sop", "")
-    for token, name in zip((2, 64795, 64797), ("</s>", "<|user|>", "<|observation|>"), strict=True):
-        assert f"{name} ({token})" in said or not VENDOR_TOKENIZER.is_file()
-    assert "memory: about" in said
-    assert "GB needed" in said
+    answer = (
+        "\n Ahoy, friend. Come in out of the spray, the kettle's on and the stairs are only ninety-six. "
+        "What brings you to my rock? The lamp's lit for you.</s>"
+    )
+    assert f"{prompt}[[{answer}]]\n" in said
+    stops = AutoTokenizer.from_pretrained(released).stop_token_ids
+    names = ("</s>", "<|user|>", "<|observation|>")
+    listed = ", ".join(f"{name} ({token})" for name, token in zip(names, stops, strict=True))
+    assert f"stop token {listed}: trained on in each of 225 answers looked at" in said
+    assert "memory: about" in said and "the recipe can be run" in said
 
 
 NESTED_SEED = """
@@ -354,10 +382,10 @@ def test_the_nested_seed_trains_as_printed_on_its_own_model(released, tmp_path):
     overrides = [
         f"model.base_model_path={released}",
         f"model.output_dir={tmp_path / 'out'}",
-        f"dataset.train_path={ROOT}/data/demo/train.jsonl",
-        f"dataset.val_path={ROOT}/data/demo/validation.jsonl",
+        f"dataset.train_path={ROOT}/data/demo/validation.jsonl",
+        f"dataset.val_path={ROOT}/data/demo/test.jsonl",
         "training.max_steps=1",
-        "training.gradient_accumulation_steps=2",
+        "training.gradient_accumulation_steps=1",
         "training.per_device_eval_batch_size=8",
     ]
     run_command([str(seed), *overrides])

@@ -1,6 +1,8 @@
 """Rules of the repository that no single module can keep."""
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -74,3 +76,13 @@ def test_readme_commands_are_what_ci_runs():
     assert "pytest" in tests and "requirements-dev.txt" in tests
     for recipe in re.findall(r"recipes/(\w+)\.yaml", readme):
         assert (ROOT / f"recipes/{recipe}.yaml").is_file() or recipe == "mine", recipe
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in [*ROOT.glob("formats/*.py"), *ROOT.glob("sft/*.py")] if ">>>" in p.read_text(encoding="utf-8")],
+    ids=lambda path: path.stem,
+)
+def test_examples_in_docstrings_are_true(path):
+    result = doctest.testmod(importlib.import_module(f"{path.parent.name}.{path.stem}"))
+    assert result.attempted > 0 and result.failed == 0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -324,3 +325,27 @@ def test_nested_seed_trains_as_printed(tiny_qwen, tmp_path):
     ]
     assert run_sft.main([str(recipe), *overrides]) == 0
     assert (tmp_path / "out/lora_adapter/adapter_config.json").is_file()
+
+
+def test_check_shows_masks_stop_token_and_memory_and_writes_nothing(tiny_qwen, tmp_path, capfd):
+    arguments = command(ROOT / "recipes/qwen_qlora.yaml", tmp_path / "out", tiny_qwen, "--check")
+    assert run_sft.main(arguments) == 0
+    said = capfd.readouterr().out
+    answer = "Aye, friend. I'm Maren, keeper of the light on Skerry Rock."
+    assert f"<|im_start|>assistant\n[[{answer}" in said
+    assert "Keep your lamp lit.<|im_end|>]]" in said
+    assert "stop token <|im_end|> (151645): trained on in each of 285 answers" in said
+    assert "memory: about" in said and "disk: about" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_templates_in_the_recipe_serve_a_model_without_a_chat_template(tiny_qwen, tmp_path, capfd):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_qwen, bare)
+    (bare / "chat_template.jinja").unlink()
+    templates = ['chat.response_template="### Answer:\\n"', 'chat.instruction_template="### Question:\\n"']
+    arguments = command(ROOT / "recipes/qwen_qlora.yaml", tmp_path / "out", bare)
+    assert run_sft.main([*arguments, "--check"]) == 2
+    assert "chat.instruction_template and chat.response_template" in capfd.readouterr().err
+    assert run_sft.main([*arguments, *templates, "--check"]) == 0
+    assert "### Question:\nWho are you?\n### Answer:\n[[Aye, friend. I'm Maren" in capfd.readouterr().out

@@ -68,7 +68,7 @@ def random_chatter(name: str) -> Chatter:
     tokenizer = build(FAMILIES[template], kind)
     tokenizer.pad_token = tokenizer.eos_token
     torch.manual_seed(0)
-    extra = {"head_dim": 8, "sliding_window": 12} if name == "gemma3" else {}
+    extra = {"head_dim": 8, "sliding_window": 12, "tie_word_embeddings": False} if name == "gemma3" else {}
     eos = tokenizer.eos_token_id
     model = model_class(config_class(vocab_size=len(tokenizer), eos_token_id=eos, **SIZE | extra)).eval()
     return Chatter(model, ChatEncoder(tokenizer))
@@ -310,8 +310,8 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(llama, tmp_path, monkeyp
     assert predictions(tmp_path / "small") == predictions(tmp_path / "straight")
 
 
-def with_lora(model: PreTrainedModel):
-    torch.manual_seed(1)
+def with_lora(model: PreTrainedModel, seed: int = 1):
+    torch.manual_seed(seed)
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     return get_peft_model(copy.deepcopy(model), config)
 
@@ -345,7 +345,7 @@ def test_the_models_own_generation_defaults_stay_out_and_all_is_put_back(llama, 
     inner.enable_input_require_grads()
     assert answers_of(chatter, turns, tmp_path / "leaking.jsonl", 4, llama.stops) == expected
     assert inner.generation_config is own and own.repetition_penalty == 5.0
-    assert model.training and inner.is_gradient_checkpointing and not inner.config.use_cache
+    assert model.training and inner.is_activation_checkpointing and not inner.config.use_cache
     model(input_ids=torch.tensor([turns[0].prompt] * 2)).logits.sum().backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all(parameter.grad is not None for parameter in trained)
@@ -449,7 +449,7 @@ def folders(tmp_path_factory):
         model = LlamaForCausalLM(chatter.model.config)
         model.save_pretrained(root / name)
         chatter.encoder.tokenizer.save_pretrained(root / name)
-        with_lora(model).save_pretrained(root / f"{name}_adapter")
+        with_lora(model, seed + 1).save_pretrained(root / f"{name}_adapter")
     row = {"conversation": [{"human": "Hello there", "assistant": "Fair and dry."}]}
     (root / "short.jsonl").write_text((json.dumps(row) + "\n") * 3, encoding="utf-8")
     return root
@@ -463,6 +463,7 @@ def score_command(folders, output, *overrides):
         f"dataset.train={ROOT}/data/demo/train.jsonl",
         f"dataset.validation={ROOT}/data/demo/validation.jsonl",
         f"dataset.test={ROOT}/data/demo/test.jsonl",
+        "dataset.max_length=4096",
         "model_init.dtype=float32",
         "evaluation.metrics=[chrf]",
         "evaluation.generation.max_new_tokens=6",
@@ -482,12 +483,6 @@ def test_score_takes_the_runs_own_adapter_or_another_by_override(folders, tmp_pa
     own = answers_in(tmp_path, "tuned")
     assert None not in own and own != answers_in(tmp_path, "base")
     another = score_command(folders, tmp_path, f"adapter_name_or_path={folders}/other_adapter")
-    config = json.loads((folders / "other_adapter/adapter_config.json").read_text(encoding="utf-8"))
-    assert config["peft_type"] == "LORA"
-    weights = folders / "other_adapter/adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    save_file({name: 3 * weight for name, weight in load_file(weights).items()}, weights)
     assert run_sft.main(another) == 0
     assert answers_in(tmp_path, "tuned") != own
 
@@ -495,7 +490,8 @@ def test_score_takes_the_runs_own_adapter_or_another_by_override(folders, tmp_pa
 def test_score_of_a_folder_without_a_run_scores_the_model_alone_and_any_file(folders, tmp_path, capfd):
     output = tmp_path / "nothing"
     assert run_sft.main(score_command(folders, output, f"dataset.test={folders}/short.jsonl")) == 0
-    assert "holds no run: scoring" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "holds no run: scoring" in said and "base chrf" in said
     assert [row["reference"] for row in predictions(output)] == ["Fair and dry."] * 3
     assert answers_in(output, "tuned") == [None] * 3
     scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))

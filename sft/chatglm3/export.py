@@ -144,7 +144,7 @@ def _check_plain(model: Any) -> None:
 def _find(source: str | Path, name: str) -> str | None:
     """The path of a file of a local folder or a hub repository, if it is there."""
     return cached_file(
-        str(source),
+        str(Path(source).expanduser()),
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

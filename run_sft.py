@@ -28,7 +28,7 @@ def train(recipe: Recipe, check: bool) -> int:
     clock.lap("train")
     run.save(recipe, trainer, tokenizer, data.encoder)
     clock.lap("export")
-    run.score(recipe, data, trainer.model)
+    run.score(recipe, data, trainer)
     clock.lap("score")
     run.finish(recipe, description, clock)
     return 0

@@ -129,10 +129,8 @@ def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_
 
 def generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> GenerationConfig:
     """How answers are generated for scoring: greedy unless the recipe says otherwise."""
-    options = {"do_sample": False, **recipe.evaluation.generation}
-    return GenerationConfig(
-        **options, eos_token_id=sorted(stop_ids), pad_token_id=tokenizer.pad_token_id, use_cache=True
-    )
+    options = {"do_sample": False, "max_new_tokens": 256, "use_cache": True, **recipe.evaluation.generation}
+    return GenerationConfig(**options, eos_token_id=sorted(stop_ids), pad_token_id=tokenizer.pad_token_id)
 
 
 def weights_digest(recipe: Recipe, folder: Path | None = None) -> str:

@@ -1,5 +1,6 @@
 """The steps of a run, as run_sft.py tells them in order."""
 
+import json
 import os
 import sys
 import time
@@ -174,10 +175,12 @@ def save(
         say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, trainer.model)}")
 
 
-def score(recipe: Recipe, data: Data, model: Any) -> None:
+def score(recipe: Recipe, data: Data, trainer: training.CompletionTrainer) -> None:
     """Scores base and tuned on the test split, if there is one."""
     if not data.test_conversations or not is_first_process():
         return
+    # Without the autocast that training put around forward: --score, later, has none.
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     made_by = export.weights_digest(recipe)
     with _memory_advice():
         if hasattr(model, "disable_adapter"):
@@ -244,7 +247,9 @@ def score_again(recipe: Recipe) -> int:
     if not recipe.quantization_config:
         base.to(device)
     origin = recipe.model_name_or_path
-    chosen = recipe.adapter_name_or_path or (str(adapter) if adapter.is_dir() else None)
+    chosen = recipe.adapter_name_or_path
+    if adapter.is_dir() and chosen in (None, _begun_from(recipe)):
+        chosen = str(adapter)  # the run's own, also where it went on from another
     models: list[tuple[str, Any, bool, str]]
     if chosen:
         model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
@@ -265,6 +270,12 @@ def score_again(recipe: Recipe) -> int:
         for name, entry in ((f"{m} {n}", e) for m in ("base", "tuned") for n, e in scores.get(m, {}).items()):
             say(f"{name:<24}{entry.get('reason') or round(entry['score'], 2)}")
     return 0
+
+
+def _begun_from(recipe: Recipe) -> str | None:
+    """The adapter that the run in output_dir went on from."""
+    config = recipe.output_dir / "training_config.json"
+    return json.loads(config.read_text(encoding="utf-8"))["recipe"]["adapter_name_or_path"] if config.is_file() else None
 
 
 def export_again(recipe: Recipe) -> int:

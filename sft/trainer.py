@@ -134,9 +134,8 @@ def training_config(recipe: Recipe) -> SFTConfig:
     wanted = given.setdefault("report_to", "none")
     for name in [wanted] if isinstance(wanted, str) else wanted or []:
         if name in REPORTERS and importlib.util.find_spec(REPORTERS[name]) is None:
-            raise recipe.error(
-                "training_args.report_to", f"{name} is not installed; run: pip install {REPORTERS[name]}"
-            )
+            package = '"swanlab<0.8"' if name == "swanlab" else REPORTERS[name]  # 0.10 fails in transformers 5.23
+            raise recipe.error("training_args.report_to", f"{name} is not installed; run: pip install {package}")
     if not given.get("fp16"):
         given.setdefault("bf16", has_fast_bf16())
     if recipe.dataset.validation is not None:

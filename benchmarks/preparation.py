@@ -2,8 +2,9 @@
 
     python benchmarks/preparation.py MODEL_FOLDER [--rows 33000] [--large 1000000]
 
-MODEL_FOLDER holds a Qwen2.5 tokenizer. The rows are made here: short Chinese dialogues of the length of chat data, with a
-seed. Each measurement is a process of its own; memory is the most that it held, less what it held before the first row.
+MODEL_FOLDER holds a Qwen2.5 tokenizer. The rows are made here: short Chinese dialogues of the length of chat data, with
+a seed. Each measurement is a process of its own; memory is the most that it held, less what it held before the first
+row.
 """
 
 import argparse
@@ -17,7 +18,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-LETTERS = "的一是了我不人在他有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学么之都好看起发当没成只如事把还用第样道想作种开"
+LETTERS = (
+    "的一是了我不人在他有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自"
+    "以会家可下而过天去能对小多然于心学么之都好看起发当没成只如事把还用第样道想作种开"
+)
 WORDS = [
     "今天",
     "天气",

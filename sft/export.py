@@ -87,9 +87,7 @@ def save_adapter(recipe: Recipe, save_model: Callable[[str], None]) -> Path:
     return write_folder(recipe.output_dir / "lora_adapter", fill)
 
 
-def save_final_model(
-    recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], trained: Any = None
-) -> Path:
+def save_final_model(recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], trained: Any = None) -> Path:
     """final_model/: safetensors, tokenizer, template, and a generation config that stops where training ended a turn.
 
     Args: trained: the model of a full fine-tuning; without it lora_adapter/ is merged onto the unquantised base.

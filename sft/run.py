@@ -275,7 +275,9 @@ def score_again(recipe: Recipe) -> int:
 def _begun_from(recipe: Recipe) -> str | None:
     """The adapter that the run in output_dir went on from."""
     config = recipe.output_dir / "training_config.json"
-    return json.loads(config.read_text(encoding="utf-8"))["recipe"]["adapter_name_or_path"] if config.is_file() else None
+    if not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8"))["recipe"]["adapter_name_or_path"]
 
 
 def export_again(recipe: Recipe) -> int:

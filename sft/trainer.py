@@ -79,7 +79,6 @@ class CompletionTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages what num_items_in_batch has summed
         return loss
 
-
     def _load_from_checkpoint(self, *args, **kwargs):
         """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
         model: Any = self.model
@@ -87,7 +86,6 @@ class CompletionTrainer(SFTTrainer):
         super()._load_from_checkpoint(*args, **kwargs)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(before[name])
-
 
     def take_up(self, checkpoint: Path) -> None:
         """Weights and log of a finished run, without training."""

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run_sft
 import sft.chatglm3
 from sft.recipe import load_recipe
+from tests.seeds import NESTED_SEED
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/chatglm3_4bit.yaml"
@@ -349,31 +350,6 @@ def test_check_shows_ledger_masks_stop_tokens_and_memory(command, released, tmp_
     listed = ", ".join(f"{name} ({token})" for name, token in zip(names, stops, strict=True))
     assert f"stop token {listed}: trained on in each of 225 answers looked at" in said
     assert "memory: about" in said and "the recipe can be run" in said
-
-
-NESTED_SEED = """
-model:
-  base_model_path: "THUDM/chatglm3-6b"
-  output_dir: "../model"
-  use_4bit: true
-
-dataset:
-  train_path: "../dataset/moemuu/train.jsonl"
-  val_path: "../dataset/moemuu/test.jsonl"
-  max_length: 2048
-
-training:
-  num_epochs: 3
-  per_device_train_batch_size: 2
-  gradient_accumulation_steps: 8
-  learning_rate: 2.0e-5
-
-lora:
-  use_lora: true
-  r: 8
-  lora_alpha: 32
-  target_modules: ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-"""
 
 
 def test_the_nested_seed_trains_as_printed_on_its_own_model(released, tmp_path):

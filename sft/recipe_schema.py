@@ -284,6 +284,7 @@ def _union(schemas: list[dict[str, Any]]) -> dict[str, Any]:
     enums = [schema for schema in schemas if "enum" in schema]
     if enums and {"type": "string"} in schemas and len(enums[0]["enum"]) > 1:
         return enums[0]  # `SchedulerType | str`: the text of a choice
+    schemas = sorted(schemas, key=_types)  # typing.Union's own order depends on what was imported before
     types = [kind for schema in schemas for kind in _types(schema)]
     merged = {name: value for schema in schemas for name, value in schema.items() if name != "enum"}
     return merged | {"type": list(dict.fromkeys(types))}

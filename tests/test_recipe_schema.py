@@ -66,7 +66,7 @@ def test_types_are_read_from_annotations_and_docstrings() -> None:
     assert SECTIONS["training_args"]["properties"]["learning_rate"] == {"type": "number", "minimum": 0}
     assert SECTIONS["training_args"]["properties"]["eval_strategy"] == {"enum": ["no", "steps", "epoch"]}
     assert SECTIONS["lora_config"]["properties"]["target_modules"] == {
-        "type": ["string", "array"],
+        "type": ["array", "string"],
         "items": {"type": "string"},
         "minItems": 1,
         "minLength": 1,

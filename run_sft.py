@@ -15,13 +15,13 @@ def train(recipe: Recipe, check: bool) -> int:
 
     clock = run.Clock()
     tokenizer = run.load_tokenizer(recipe)
-    run.check_model(recipe, tokenizer)
+    bare = run.check_model(recipe, tokenizer)
     data = run.prepare_data(recipe, tokenizer)
     if check:
-        return run.report_check(recipe, tokenizer, data)
+        return run.report_check(recipe, tokenizer, data, bare)
     description = run.describe_run(recipe, data.ledger)
     checkpoint = run.find_checkpoint(recipe, description)
-    run.begin_output(recipe, description, data)
+    run.begin_output(recipe, description, data, bare)
     model = run.add_lora(run.load_model(recipe), recipe)
     clock.lap("load")
     trainer = run.train(recipe, model, tokenizer, data, checkpoint)

@@ -21,7 +21,6 @@ itself, and its prompts with `encode_prompt(messages, tools) -> input_ids` (Chat
 import json
 import os.path
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, dropwhile, takewhile
 from typing import Any, NamedTuple
@@ -676,8 +675,3 @@ def _dropping(tokenizer: Tokenizer, mark: str) -> Tokenizer:
         steps.append(copy.normalizer)
     copy.normalizer = normalizers.Sequence(steps)
     return copy
-
-
-def count_notes(encoded: Sequence[Encoded]) -> Counter[str]:
-    """How many rows carry each note."""
-    return Counter(note for row in encoded for note in row.notes)

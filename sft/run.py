@@ -82,7 +82,10 @@ def set_up(recipe: Recipe, debug: bool) -> None:
 
 
 def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Refuses early what would fail late: a missing GPU, target modules that are not there, arguments that clash."""
+    """Refuses early what would fail late: a missing GPU, target modules that are not there, arguments that clash.
+
+    Returns: the model without weights, by which disk and memory are estimated.
+    """
     check_machine(recipe)
     training.training_config(recipe)
     bare = meta_model(recipe)
@@ -104,11 +107,11 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     return data
 
 
-def begin_output(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
+def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, bare: PreTrainedModel) -> None:
     """Makes output_dir and writes what the run is. Raises: UserError: it cannot be written."""
     if not is_first_process():
         return
-    say(disk_line(recipe, meta_model(recipe), data))
+    say(disk_line(recipe, bare, data))
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -218,14 +221,13 @@ def peak_memory_bytes() -> int:
 # -------------------------------------------------------------------------------------------------- the other verbs
 
 
-def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data) -> int:
+def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, bare: PreTrainedModel) -> int:
     """What --check prints after the ledger: masks, stop token, memory, disk."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     legend = "green" if colour else "between [[ and ]]"
     for sample in data.ledger["samples"]:
         say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
     say("\n" + check.stop_token_line(data, tokenizer))
-    bare = meta_model(recipe)
     line, fits = check.memory_line(recipe, bare, use_cpu(recipe))
     say(line)
     say(disk_line(recipe, bare, data))

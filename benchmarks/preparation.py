@@ -68,8 +68,8 @@ def ours(folder: str, data: str) -> None:
     import datasets
     from transformers import AutoTokenizer
 
-    from sft.chat import ChatEncoder
-    from sft.dataset import tokenise_file
+    from sft.data.chat import ChatEncoder
+    from sft.data.dataset import tokenise_file
     from sft.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,7 +8,7 @@ __all__ = ["DataCollatorForCompletionOnlyLM"]  # noqa: F822 - __getattr__ below 
 def __getattr__(name: str) -> Any:
     # Lazy, so that reading a recipe or printing --help never waits for torch.
     if name == "DataCollatorForCompletionOnlyLM":
-        from sft.collator import DataCollatorForCompletionOnlyLM
+        from sft.data.collator import DataCollatorForCompletionOnlyLM
 
         return DataCollatorForCompletionOnlyLM
     raise AttributeError(f"module 'sft' has no attribute {name!r}")

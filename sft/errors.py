@@ -10,7 +10,7 @@ class RecipeError(UserError):
 
 
 class FormatError(UserError):
-    """A row that its format cannot read; sft/dataset.py adds the file and the line."""
+    """A row that its format cannot read; sft/data/dataset.py adds the file and the line."""
 
 
 class DataError(UserError):

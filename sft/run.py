@@ -16,14 +16,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sft import check, export, scoring
-from sft import report as page
-from sft import trainer as training
-from sft.chat import ChatEncoder
-from sft.dataset import Data, ledger_table, prepare
+from sft.data.chat import ChatEncoder
+from sft.data.dataset import Data, ledger_table, prepare
 from sft.errors import UserError
-from sft.export import describe_run
-from sft.model import (
+from sft.model.load import (
     add_lora,
     check_machine,
     check_targets,
@@ -35,7 +31,12 @@ from sft.model import (
     use_cpu,
 )
 from sft.recipe import Recipe
-from sft.trainer import find_checkpoint
+from sft.results import answers as scoring
+from sft.results import export, page
+from sft.results.export import describe_run
+from sft.training import check
+from sft.training import trainer as training
+from sft.training.trainer import find_checkpoint
 
 __all__ = ["add_lora", "describe_run", "find_checkpoint", "load_model", "load_tokenizer"]
 

@@ -1,7 +1,7 @@
 """Model families for the tests of the mask: trained tokenizers, hostile conversations, and the oracle.
 
 The oracle of a family writes a conversation as that family's template does, in literal pieces, each with whether it is
-the assistant's. It knows nothing of sft/chat.py; that its pieces are the template's text is checked row by row.
+the assistant's. It knows nothing of sft/data/chat.py; that its pieces are the template's text is checked row by row.
 """
 
 import json
@@ -17,7 +17,7 @@ import trl
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sft.chat import HEADER_MERGED, Encoded
+from sft.data.chat import HEADER_MERGED, Encoded
 from tests.qwen_tokenizer import NOT_SPECIAL, PATTERN, SPECIAL
 
 Pieces = list[tuple[str, bool]]

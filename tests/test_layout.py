@@ -13,11 +13,22 @@ import pytest
 from sft.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-# In the order of the flow: a module imports only from those before it.
-FLOW = (
-    "errors recipe_yaml recipe chatglm3 chat rows packing dataset collator model trainer export metrics scoring check "
-    "report run"
-)
+# The arrows between the rooms: what each may import beside itself and the error classes.
+ROOMS = {
+    "recipe": set(),
+    "data": {"recipe"},
+    "model": {"recipe"},
+    "training": {"recipe", "data", "model"},
+    "results": {"recipe", "data", "model"},
+}
+
+
+SHARED = ("errors",)  # what stands beside the rooms, and every one may use
+
+
+def module_name(path):
+    """sft/data/chat.py -> sft.data.chat, sft/data/__init__.py -> sft.data"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path):
@@ -31,14 +42,22 @@ def imports(path):
     return found
 
 
-def test_imports_point_one_way():
-    order = FLOW.split()
-    for path in (ROOT / "sft").glob("*.py"):
-        if path.stem in order:
-            for name in imports(path):
-                parts = name.split(".")
-                if len(parts) > 1 and parts[0] == "sft" and parts[1] in order:
-                    assert order.index(parts[1]) < order.index(path.stem), f"{path.name} imports {name}"
+def test_imports_point_one_way_between_the_rooms():
+    for room, allowed in ROOMS.items():
+        for path in (ROOT / "sft" / room).rglob("*.py"):
+            rooms = {name.split(".")[1] for name in imports(path) if name.startswith("sft.")}
+            assert rooms <= allowed | {room, *SHARED}, f"{path.relative_to(ROOT)} imports {rooms}"
+    for name in SHARED:
+        assert not imports(ROOT / f"sft/{name}.py") - {f"sft.{other}" for other in SHARED}
+
+
+def test_no_file_imports_one_that_imports_it():
+    files = {module_name(path): path for path in (ROOT / "sft").rglob("*.py")}
+    reached = {name: {found for found in imports(path) if found in files} for name, path in files.items()}
+    while (wider := {name: found.union(*(reached[f] for f in found)) for name, found in reached.items()}) != reached:
+        reached = wider
+    assert len(files) > 20 and "sft.data.chat" in reached["sft.run"]
+    assert not [name for name, found in reached.items() if name in found]
 
 
 def test_formats_and_metrics_import_nothing_of_ours_but_the_errors():
@@ -48,7 +67,7 @@ def test_formats_and_metrics_import_nothing_of_ours_but_the_errors():
 
 def test_only_the_trainer_module_knows_trl():
     for path in (ROOT / "sft").rglob("*.py"):
-        if path.name not in ("trainer.py", "recipe_schema.py"):
+        if path.name not in ("trainer.py", "schema.py"):
             assert not re.search(r"^\s*(from|import) trl\b", path.read_text(encoding="utf-8"), re.M), path
 
 
@@ -80,9 +99,9 @@ def test_readme_commands_are_what_ci_runs():
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in [*ROOT.glob("formats/*.py"), *ROOT.glob("sft/*.py")] if ">>>" in p.read_text(encoding="utf-8")],
+    [p for p in [*ROOT.glob("formats/*.py"), *ROOT.glob("sft/**/*.py")] if ">>>" in p.read_text(encoding="utf-8")],
     ids=lambda path: path.stem,
 )
 def test_examples_in_docstrings_are_true(path):
-    result = doctest.testmod(importlib.import_module(f"{path.parent.name}.{path.stem}"))
+    result = doctest.testmod(importlib.import_module(module_name(path)))
     assert result.attempted > 0 and result.failed == 0

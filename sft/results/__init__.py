@@ -1,0 +1,4 @@
+"""What a run leaves: a trained model comes in; adapter, merged model, answers, scores and the page go out.
+
+Imports sft.recipe, sft.data and sft.model; run.py may import from here.
+"""

@@ -1,0 +1,142 @@
+"""What a run leaves behind: lora_adapter/, final_model/, training_config.json; each written beside its place first."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.errors import UserError
+from sft.model.load import load_adapter, load_model
+from sft.recipe import Recipe
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate", "tokenizers")
+
+
+def describe_run(recipe: Recipe, ledger: dict[str, Any]) -> dict[str, Any]:
+    """What made this run: the resolved recipe, versions, the data's fingerprint and the commit; no secrets, no host."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "recipe": recipe.to_dict(),
+        "data": {file["path"]: file.get("sha256") for file in ledger["files"] if file["split"] != "test"},
+        "versions": versions | {"python": platform.python_version()},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this repository, with "+changes" where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, encoding="utf-8", check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON in one step: the file is whole, or as it was before. Raises: UserError: it cannot be written."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_text(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Fills a folder beside its place and moves it there when it is whole, replacing an older one."""
+    beside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        fill(beside)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def save_adapter(recipe: Recipe, save_model: Callable[[str], None]) -> Path:
+    """lora_adapter/: what `peft.PeftModel.from_pretrained` loads. save_model: the trainer's own, which knows FSDP."""
+
+    def fill(folder: Path) -> None:
+        save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; training_config.json says it all
+
+    return write_folder(recipe.output_dir / "lora_adapter", fill)
+
+
+def save_final_model(recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], trained: Any = None) -> Path:
+    """final_model/: safetensors, tokenizer, template, and a generation config that stops where training ended a turn.
+
+    Args: trained: the model of a full fine-tuning; without it lora_adapter/ is merged onto the unquantised base.
+    """
+    if trained is None:
+        base = load_model(recipe, quantised=False)
+        merged: Any = load_adapter(base, str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
+        trained = merged.merge_and_unload(safe_merge=True)
+
+    def fill(folder: Path) -> None:
+        _set_stops(trained, tokenizer, stop_ids)
+        if trained.config.model_type == "chatglm":
+            from sft.model.chatglm3 import export as chatglm3
+
+            if recipe.export.format == "chatglm":
+                chatglm3.save_chatglm(trained, recipe.model_name_or_path, folder)
+            else:
+                chatglm3.save_glm(trained, tokenizer, folder)
+        else:
+            trained.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        shutil.copyfile(recipe.output_dir / "training_config.json", folder / "training_config.json")
+
+    return write_folder(recipe.output_dir / "final_model", fill)
+
+
+def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> None:
+    """Generation stops at the template's stop tokens beside the model's own; greedy or not stays the model's choice."""
+    own = model.generation_config.eos_token_id
+    stops = {*stop_ids, *([own] if isinstance(own, int) else own or [])}
+    model.generation_config.eos_token_id = sorted(stops)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.use_cache = True
+    model.config.use_cache = True
+
+
+def generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> GenerationConfig:
+    """How answers are generated for scoring: greedy unless the recipe says otherwise."""
+    options = {"do_sample": False, "max_new_tokens": 256, "use_cache": True, **recipe.evaluation.generation}
+    return GenerationConfig(**options, eos_token_id=sorted(stop_ids), pad_token_id=tokenizer.pad_token_id)
+
+
+def weights_digest(recipe: Recipe, folder: Path | None = None) -> str:
+    """A fingerprint of the trained weights: of an adapter or a model folder, this run's own by default."""
+    own = [recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"]
+    folder = folder or next((f for f in own if f.is_dir()), recipe.output_dir)
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]

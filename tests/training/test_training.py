@@ -1,0 +1,136 @@
+"""What a training step computes: packing, accumulation, the loss off the GPU, 4-bit weights on a CPU."""
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft.data.collator import DataCollatorForCompletionOnlyLM
+from sft.data.dataset import Data, best_fit, pack
+from sft.model.load import add_lora, load_model, load_tokenizer
+from sft.recipe import load_recipe
+from sft.training.trainer import CompletionTrainer, make_trainer
+
+RECIPE = """
+model_name_or_path: {model}
+output_dir: {folder}/out
+dataset: {{train: unused.jsonl, max_length: 64, packing: false}}
+model_init: {{dtype: float32}}
+training_args:
+  max_steps: 1
+  bf16: false
+  gradient_checkpointing: false
+  learning_rate: 1e-2
+  lr_scheduler_type: constant
+  save_strategy: "no"
+  disable_tqdm: true
+"""
+LENGTHS = [5, 17, 9, 30, 12, 7, 21, 3]
+
+
+def token_rows():
+    """Eight rows of unequal length; the second half of each carries loss."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1000, 2000, (n,), generator=generator).tolist() for n in LENGTHS]
+    masks = [[0] * (n // 2) + [1] * (n - n // 2) for n in LENGTHS]
+    return datasets.Dataset.from_dict({"input_ids": ids, "assistant_mask": masks})
+
+
+@pytest.fixture
+def recipe(tiny_qwen, tmp_path):
+    def make(*overrides):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(RECIPE.format(model=tiny_qwen, folder=tmp_path), encoding="utf-8")
+        return load_recipe(path, overrides)
+
+    return make
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = CompletionTrainer.compute_loss(_Plain(), model, batch, num_items_in_batch=count)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class _Plain:
+    """What compute_loss reads of a trainer."""
+
+    _is_plain_loss = True
+
+    class args:
+        average_tokens_across_devices = False
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_the_same_rows_apart(tiny_qwen):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen)
+    collate = DataCollatorForCompletionOnlyLM(tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen, dtype=torch.float32).train()
+    rows = token_rows()
+    apart = collate([rows[i] for i in range(len(rows))])
+    packed_rows = pack(rows, 64)
+    assert len(packed_rows) == 2
+    packed = collate([packed_rows[i] for i in range(len(packed_rows))])
+    loss_apart, grads_apart = gradients(model, apart)
+    loss_packed, grads_packed = gradients(model, packed)
+    assert abs(loss_apart - loss_packed) < 1e-5
+    assert max((grads_apart[n] - grads_packed[n]).abs().max().item() for n in grads_apart) < 1e-5
+    leaking = dict(packed, attention_mask=torch.ones_like(packed["input_ids"]))
+    loss_leaking, _ = gradients(model, leaking)
+    assert abs(loss_leaking - loss_apart) > 1e-4, "with a mask of ones the rows leak, and this test would see it"
+
+
+def test_loss_off_the_gpu_is_the_one_of_trls_fused_head(recipe, tiny_qwen):
+    made = recipe()
+    tokenizer, model = load_tokenizer(made), load_model(made)
+    trainer = make_trainer(made, model, tokenizer, Data(None, token_rows()))
+    batch = trainer.data_collator([token_rows()[i] for i in range(4)])
+    count = (batch["labels"][:, 1:] != -100).sum()
+    results = []
+    for compute in (trainer.compute_loss, super(CompletionTrainer, trainer).compute_loss):
+        model.zero_grad()
+        loss = compute(model, dict(batch), num_items_in_batch=count)
+        loss.backward()
+        results.append((loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.clone()))
+    assert abs(results[0][0] - results[1][0]) < 1e-5
+    assert (results[0][1] - results[1][1]).abs().max() < 1e-6
+
+
+def test_one_by_eight_accumulated_equals_eight_by_one(recipe):
+    weights = []
+    for size, steps in ((1, 8), (8, 1)):
+        made = recipe(
+            f"training_args.per_device_train_batch_size={size}",
+            f"training_args.gradient_accumulation_steps={steps}",
+            "training_args.optim=sgd",
+        )
+        model = load_model(made)
+        trainer = make_trainer(made, model, load_tokenizer(made), Data(None, token_rows()))
+        trainer.train()
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    start = {name: p for name, p in load_model(recipe()).named_parameters()}
+    assert max((weights[0][n] - start[n]).abs().max().item() for n in start) > 1e-4, "the step did something"
+    assert max((weights[0][n] - weights[1][n]).abs().max().item() for n in start) < 1e-5
+
+
+def test_every_lora_b_trains_in_4_bits_after_an_evaluation(recipe):
+    made = recipe(
+        "quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}",
+        "lora_config={r: 4, target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]}",
+        "training_args.bf16=true",
+        "dataset.validation=unused.jsonl",
+    )
+    model = add_lora(load_model(made), made)
+    trainer = make_trainer(made, model, load_tokenizer(made), Data(None, token_rows(), token_rows()))
+    trainer.evaluate()
+    trainer.train()
+    untrained = [n for n, p in model.named_parameters() if "lora_B" in n and not p.detach().abs().max() > 0]
+    assert not untrained
+
+
+def test_best_fit_fills_rows_and_keeps_every_conversation_once():
+    bins = best_fit(LENGTHS, 32)
+    assert sorted(row for members in bins for row in members) == list(range(8))
+    assert all(sum(LENGTHS[row] for row in members) <= 32 for members in bins)
+    assert len(bins) == 4  # 104 tokens cannot fit in fewer than four rows of 32

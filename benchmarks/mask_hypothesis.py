@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft.data.chat import ChatEncoder, Conversation
+from sft.data.chat import ChatEncoder
+from sft.data.conversation import Conversation
 from tests.families import FAMILIES, KINDS, build, difference, expect, hostile_conversations
 
 

@@ -17,7 +17,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.chat import ChatEncoder
-from sft.data.dataset import Data, ledger_table, prepare
+from sft.data.ledger import ledger_table
+from sft.data.splits import Data, prepare
 from sft.errors import UserError
 from sft.model.load import (
     add_lora,

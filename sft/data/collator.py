@@ -104,7 +104,7 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             )
         return batch
 
-    def _flattened(self, rows: list[dict], labels: list[list[int]]) -> dict[str, Any]:
+    def _flattened(self, rows: list[dict[str, Any]], labels: list[list[int]]) -> dict[str, Any]:
         lengths = [n for row in rows for n in _conversation_lengths(row)]
         flat = [label for row in labels for label in row]
         at = 0

@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -47,14 +48,14 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     lengths = np.diff(_offsets(rows)).tolist()
     bins = best_fit(lengths, max(max_length, max(lengths)))
 
-    def gather(batch: dict[str, list]) -> dict[str, list]:
-        made: dict[str, list] = {"input_ids": [], "assistant_mask": [], "seq_lengths": []}
+    def gather(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        gathered: dict[str, list[Any]] = {"input_ids": [], "assistant_mask": [], "seq_lengths": []}
         for members in batch["rows"]:
             picked = rows[members]
-            made["seq_lengths"].append([len(ids) for ids in picked["input_ids"]])
+            gathered["seq_lengths"].append([len(ids) for ids in picked["input_ids"]])
             for column in ("input_ids", "assistant_mask"):
-                made[column].append([token for row in picked[column] for token in row])
-        return made
+                gathered[column].append([token for row in picked[column] for token in row])
+        return gathered
 
     return datasets.Dataset.from_dict({"rows": bins}).with_transform(gather)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import datasets
 from huggingface_hub import HfApi
 
-from sft.data.chat import Conversation
+from sft.data.conversation import Conversation
 from sft.errors import DataError, FormatError
 from sft.recipe import Recipe, Source
 

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from sft.data.chat import ChatEncoder, Conversation
+from sft.data.chat import ChatEncoder
+from sft.data.conversation import Conversation
 from sft.errors import DataError, UserError
 from sft.recipe import Recipe
 from sft.results import scores as metrics

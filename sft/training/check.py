@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.data.dataset import Data
+from sft.data.splits import Data
 from sft.errors import ModelError
 from sft.recipe import Recipe
 

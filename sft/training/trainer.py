@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from sft.data.collator import DataCollatorForCompletionOnlyLM
-from sft.data.dataset import Data
+from sft.data.splits import Data
 from sft.errors import UserError
 from sft.model.load import has_fast_bf16, require, use_cpu
 from sft.recipe import Recipe

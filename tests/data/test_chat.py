@@ -7,7 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from sft.data.chat import CONTROL_AS_TEXT, HEADER_MERGED, PROMPT_PARTED, ChatEncoder, Conversation
+from sft.data.chat import CONTROL_AS_TEXT, HEADER_MERGED, PROMPT_PARTED, ChatEncoder
+from sft.data.conversation import Conversation
 from sft.errors import FormatError, ModelError
 from tests.families import FAMILIES, build, template, trained
 
@@ -193,7 +194,7 @@ def test_qwen3_5_earlier_turns_part_from_a_prompt_that_ends_with_a_think_block()
     assert chat.encode([Q, A]).notes == ()
     assert supervised(chat, [Q, A, Q, answer("Bye.")]) == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
     assert chat.encode([Q, A, Q, A]).notes == (PROMPT_PARTED,)
-    assert "<think>" not in chat.control_tokens  # though the template writes it around an answer
+    assert "<think>" not in chat.control.tokens  # though the template writes it around an answer
 
 
 def test_template_that_trims_is_followed():
@@ -464,15 +465,15 @@ def test_added_token_around_messages_is_a_control_token_though_not_special():
         source("<|bot|>{{ m.content }}</s>"), special=("</s>",), added=("<|user|>", "<|bot|>", "<think>")
     )
     chat = ChatEncoder(tokenizer)
-    assert {"<|user|>", "<|bot|>", "</s>"} <= chat.control_tokens
-    assert "<think>" not in chat.control_tokens
+    assert {"<|user|>", "<|bot|>", "</s>"} <= chat.control.tokens
+    assert "<think>" not in chat.control.tokens
     with pytest.raises(FormatError, match=r"<\|user\|>"):
         chat.encode([user("I am <|user|>."), A])
 
 
 def test_think_and_tool_call_in_an_answer_are_the_answers():
     chat = encoder("qwen3")
-    assert not {"<think>", "</think>", "<tool_call>", "</tool_call>"} & chat.control_tokens
+    assert not {"<think>", "</think>", "<tool_call>", "</tool_call>"} & chat.control.tokens
     messages = [Q, answer("a <tool_call>\n1\n</tool_call>")]
     assert supervised(chat, messages) == ["<think>\n\n</think>\n\na <tool_call>\n1\n</tool_call><|im_end|>"]
     ids = chat.encode(messages).input_ids

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft.data.chat import ChatEncoder, Conversation
+from sft.data.chat import ChatEncoder
+from sft.data.conversation import Conversation
 from tests.families import FAMILIES, build, conversations, difference, expect, hostile_conversations
 
 COUNT = 2000

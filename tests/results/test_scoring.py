@@ -25,7 +25,8 @@ from transformers import (
 )
 
 import run_sft
-from sft.data.chat import ChatEncoder, Conversation
+from sft.data.chat import ChatEncoder
+from sft.data.conversation import Conversation
 from sft.recipe import load_recipe
 from sft.results import answers as scoring
 from sft.results.answers import Answers, Turn, answer, for_generation, list_turns, reference_losses, without_thoughts

@@ -17,10 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import sft.data.dataset
+from sft.data import splits, tokens
 from sft.data.chat import CONTROL_AS_TEXT, ChatEncoder, Encoded
-from sft.data.dataset import ledger_table, prepare
+from sft.data.ledger import find_repeats, ledger_table
 from sft.data.packing import best_fit, pack
+from sft.data.splits import prepare
+from sft.data.token_rows import Split, TokenRows
 from sft.errors import DataError, FormatError, RecipeError
 from sft.recipe import load_recipe
 from tests.families import FAMILIES, build
@@ -71,13 +73,14 @@ def run(tokenizer):
 @pytest.fixture
 def files_read(monkeypatch):
     """The names of the files whose rows are read, as they are."""
-    names, real = [], sft.data.dataset.read_rows
+    names, real = [], tokens.read_rows
 
     def reading(file):
         names.append(str(file))
         return real(file)
 
-    monkeypatch.setattr(sft.data.dataset, "read_rows", reading)
+    for module in (tokens, splits):
+        monkeypatch.setattr(module, "read_rows", reading)
     return names
 
 
@@ -164,9 +167,10 @@ def test_finding_repeated_rows_takes_16_bytes_a_row():
     hashes[half + 1 :] = hashes[1 : half + 1]  # the worst case: every row is repeated
     hashes[0] = -(2**63)  # but the one that sorts first, so that pairs lie across the slices
     lines = datasets.Dataset(pa.table({"line": pa.array(range(1, count + 1), pa.int32())}))
-    files = [sft.data.dataset.TokenFile("a", lines, {}, [])]
+    rows = TokenRows([tokens.TokenFile("a", lines, {}, [])], [1.0])
+    rows.hashes = hashes
     tracemalloc.start()
-    repeats, named = sft.data.dataset._repeats(files, hashes)
+    repeats, named = find_repeats(Split("train", rows, np.arange(0))).values()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert repeats == half and len(named) == 20
@@ -473,7 +477,7 @@ def test_batches_of_long_rows_are_short(run, monkeypatch):
         return real(self, conversations)
 
     monkeypatch.setattr(ChatEncoder, "render_batch", recording)
-    monkeypatch.setattr(sft.data.dataset, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 100)
     write("train.jsonl", *[talk(str(i), "2" * 60) for i in range(4)])
     assert len(run().train) == 4
     assert sizes == [2, 2, 0]
@@ -528,19 +532,19 @@ def test_another_policy_reads_no_row_again(run, files_read):
 
 def test_a_broken_off_write_leaves_nothing_that_looks_whole(run, tmp_path, monkeypatch):
     write("train.jsonl", talk("1", "2"))
-    real = sft.data.dataset._Tokeniser.facts
+    real = tokens.FileTokeniser.facts
 
     def killed(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft.data.dataset._Tokeniser, "facts", killed)
+    monkeypatch.setattr(tokens.FileTokeniser, "facts", killed)
     with pytest.raises(KeyboardInterrupt):
         run()
     left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
     assert left == [tmp_path / "cache" / "sft_token_rows"]
-    monkeypatch.setattr(sft.data.dataset._Tokeniser, "facts", real)
-    monkeypatch.setattr(sft.data.dataset.shutil, "rmtree", lambda *args, **kwargs: None)
-    monkeypatch.setattr(sft.data.dataset._Tokeniser, "facts", killed)
+    monkeypatch.setattr(tokens.FileTokeniser, "facts", real)
+    monkeypatch.setattr(tokens.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tokens.FileTokeniser, "facts", killed)
     with pytest.raises(KeyboardInterrupt):  # killed for good: its folder stays
         run()
     assert list((tmp_path / "cache").rglob("rows.arrow"))
@@ -570,14 +574,14 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(run, tmp_path, monkeypa
 
 def test_a_file_that_is_being_made_is_waited_for(run, files_read, monkeypatch):
     write("train.jsonl", *[talk(str(i), "2") for i in range(20)])
-    begun, real, results = threading.Event(), sft.data.dataset._write, []
+    begun, real, results = threading.Event(), tokens._write, []
 
     def slow(*args):
         begun.set()
         threading.Event().wait(0.3)
         real(*args)
 
-    monkeypatch.setattr(sft.data.dataset, "_write", slow)
+    monkeypatch.setattr(tokens, "_write", slow)
     threads = [threading.Thread(target=lambda: results.append(len(run().train))) for _ in range(2)]
     threads[0].start()
     assert begun.wait(20)
@@ -591,19 +595,20 @@ def test_two_processes_at_once_make_the_rows_once(run, tmp_path):
     write("train.jsonl", *[talk(str(i), "2") for i in range(50)])
     Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
     script = """
-import sys, time, datasets, sft.data.dataset
+import sys, time, datasets
+from sft.data import splits, tokens
 from pathlib import Path
 from sft.recipe import load_recipe
 from tests.families import FAMILIES, build
 datasets.config.HF_DATASETS_CACHE = Path("cache")
-made, real = [], sft.data.dataset._write
+made, real = [], tokens._write
 def slow(*args):
     made.append(1); time.sleep(0.5); real(*args)
-sft.data.dataset._write = slow
+tokens._write = slow
 tokenizer = build(FAMILIES["qwen2_5"], "bytes")
 Path(f"ready{sys.argv[1]}").touch()
 while len(list(Path().glob("ready*"))) < 2: time.sleep(0.01)
-print(len(made), len(sft.data.dataset.prepare(load_recipe("recipe.yaml"), tokenizer).train), len(made))
+print(len(made), len(splits.prepare(load_recipe("recipe.yaml"), tokenizer).train), len(made))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [

@@ -1,0 +1,143 @@
+"""The ledger: what became of every row, rows that repeat, and rows of the test split that are trained on."""
+
+from collections import defaultdict
+from typing import Any, TypedDict
+
+import numpy as np
+
+from sft.data.token_rows import Split
+from sft.data.tokens import Facts, TokenFile
+
+
+class LedgerFile(Facts):
+    """A file of a split. dropped: {kind of problem: lines}."""
+
+    split: str
+    path: str
+    weight: float
+    supervised_share: float
+    dropped: dict[str, list[int]]
+
+
+class NamedRows(TypedDict):
+    """How many rows, and the first NAMED of them as "file:line"."""
+
+    rows: int
+    named: list[str]
+
+
+class Ledger(TypedDict, total=False):
+    """What data_ledger.json holds. rows, packing: of each split; samples: rows with their masks as text."""
+
+    files: list[LedgerFile]
+    rows: dict[str, int]
+    duplicates: NamedRows
+    test_in_train: NamedRows
+    packing: dict[str, int]
+    streamed: list[str]
+    samples: list[dict[str, Any]]
+
+
+NAMED = 20
+
+
+def make_ledger(splits: dict[str, Split]) -> Ledger:
+    """The ledger of splits that have been chosen."""
+    ledger: Ledger = {
+        "files": [
+            _ledger_file(split.name, file, weight)
+            for split in splits.values()
+            if split.has_own_files
+            for file, weight in zip(split.rows.files, split.rows.weights, strict=True)
+        ],
+        "rows": {name: len(split.chosen) for name, split in splits.items()},
+    }
+    if "train" in splits:
+        ledger["duplicates"] = find_repeats(splits["train"])
+    if "train" in splits and "test" in splits:
+        ledger["test_in_train"] = _find_leaks(splits["train"], splits["test"])
+    return ledger
+
+
+def _ledger_file(split: str, file: TokenFile, weight: float) -> LedgerFile:
+    dropped: dict[str, list[int]] = defaultdict(list)
+    for problem in file.problems:
+        dropped[problem.kind].append(problem.line)
+    facts = file.facts
+    share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
+    return {
+        "split": split,
+        "path": file.path,
+        "weight": weight,
+        **facts,
+        "supervised_share": round(share, 4),
+        "dropped": dict(dropped),
+    }
+
+
+def find_repeats(split: Split) -> NamedRows:
+    """Rows of the split's files that say what an earlier row says, as "later = earlier"."""
+    hashes = split.rows.hashes
+    ordered = np.sort(hashes)  # with `hashes` 16 bytes a row, and no more: hence the slices
+    count, values = 0, np.zeros(0, hashes.dtype)
+    for begin in range(0, len(ordered), 2**16):
+        part = ordered[begin : begin + 2**16 + 1]
+        again = part[1:][part[1:] == part[:-1]]
+        count += len(again)
+        values = np.union1d(values, again)[:NAMED]
+    pairs: list[tuple[int, int]] = []
+    for value in values:
+        places = np.flatnonzero(hashes == value)[: NAMED + 1].tolist()
+        pairs += [(later, places[0]) for later in places[1:]]
+    place = split.rows.place
+    return {"rows": count, "named": [f"{place(later)} = {place(first)}" for later, first in sorted(pairs)[:NAMED]]}
+
+
+def _find_leaks(train: Split, test: Split) -> NamedRows:
+    """Rows of the test split that are in the training split."""
+    trained = train.rows.hashes[train.chosen]
+    trained.sort()
+    hashes = test.rows.hashes[test.chosen]
+    at = np.searchsorted(trained, hashes)
+    leaked = test.chosen[trained[np.minimum(at, len(trained) - 1)] == hashes]
+    return {"rows": len(leaked), "named": [test.rows.place(int(index)) for index in leaked[:NAMED]]}
+
+
+# ------------------------------------------------------------------------------------------------------- the terminal
+
+
+def ledger_table(ledger: Ledger) -> str:
+    """The ledger as a table for the terminal."""
+    head = ("split", "file", "rows", "used", "dropped", "trimmed", "tokens", "supervised")
+    lines = [head, *map(_table_line, ledger["files"])]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    for file in ledger["files"]:
+        path = file["path"]
+        for kind, at in file["dropped"].items():
+            text.append(f"{path}: dropped {len(at):,} for {kind}: lines {_first(at)}")
+        if trimmed := file["trimmed"]:
+            text.append(f"{path}: trimmed {len(trimmed):,} to dataset.max_length: lines {_first(trimmed)}")
+        text += [f"{path}: {count:,} {note}" for note, count in file["notes"].items()]
+    if "streamed" in ledger:
+        text.append("streamed while training, not counted: " + ", ".join(ledger["streamed"]))
+    if (repeats := ledger.get("duplicates")) and repeats["rows"]:
+        text.append(f"{repeats['rows']:,} training rows repeat an earlier one: {'; '.join(repeats['named'][:3])}")
+    if (leaks := ledger.get("test_in_train")) and leaks["rows"]:
+        named = ", ".join(leaks["named"][:5])
+        text.append(f"WARNING: {leaks['rows']:,} rows of the test split are in the training split too: {named}")
+    return "\n".join(text)
+
+
+def _table_line(file: LedgerFile) -> tuple[str, ...]:
+    dropped = sum(map(len, file["dropped"].values()))
+    counts = (file["rows"], file["used"], dropped, len(file["trimmed"]), file["tokens"])
+    supervised = f"{file['supervised_tokens']:,} ({file['supervised_share']:.0%})"
+    return (file["split"], file["path"], *(f"{count:,}" for count in counts), supervised)
+
+
+def _first(lines: list[int]) -> str:
+    return ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")

@@ -1,0 +1,189 @@
+"""The splits of a run: files -> train, validation and test; shares held out, weights, packing, the stream."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sft.data.chat import ChatEncoder
+from sft.data.conversation import Conversation
+from sft.data.ledger import Ledger, make_ledger
+from sft.data.packing import pack
+from sft.data.policies import refuse_losses, refuse_problems
+from sft.data.rows import expand, load_formats, read_rows, to_conversation
+from sft.data.token_rows import Split, TokenRows
+from sft.data.tokens import FileTokeniser, TokenFile, tokenise_file
+from sft.errors import DataError
+from sft.recipe import Recipe, Source
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Data:
+    """What a run trains and scores on.
+
+    train, validation: rows of input_ids and assistant_mask, and seq_lengths where they are packed.
+    test_conversations: ("file:line", its messages and tools) for each row of the test split.
+    ledger: what data_ledger.json holds.
+    """
+
+    encoder: ChatEncoder
+    train: datasets.Dataset | datasets.IterableDataset | None
+    validation: datasets.Dataset | None = None
+    test_conversations: list[tuple[str, Conversation]] = field(default_factory=list)
+    files: list[TokenFile] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=lambda: Ledger())
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bool = False) -> Data:
+    """Reads, checks, tokenises, splits and packs the data of a recipe.
+
+    Args: scoring_only: leave out what is not needed for the test split.
+    Raises: DataError: bad rows, with file:line, all of them; RecipeError: a file that is not there.
+    """
+    options = recipe.dataset
+    encoder = ChatEncoder(tokenizer, "text" if options.control_tokens == "text" else "error")
+    only_test = scoring_only and isinstance(options.test, tuple)
+    names = ("test",) if only_test else SPLITS
+    splits, files = _tokenise_splits(names, encoder, recipe)
+    for file in files:
+        encoder.stop_ids.update(file.facts.pop("stop_ids"))
+    for name in names:
+        share = getattr(options, name)
+        if isinstance(share, float):
+            splits[name] = _hold_out(splits["train"], name, share, recipe)
+    data = Data(encoder, None, files=files, ledger=make_ledger(splits))
+    if "test" in splits:
+        data.test_conversations = _conversations(splits["test"], recipe)
+    if "train" in splits:
+        _apply_weights(splits["train"], recipe)
+    views = {name: split.view() for name, split in splits.items() if name != "test"}
+    if options.packing:
+        views = {name: pack(view, options.max_length) for name, view in views.items()}
+        data.ledger["packing"] = {name: len(view) for name, view in views.items()}
+    data.train, data.validation = views.get("train"), views.get("validation")
+    if options.streaming and not scoring_only:
+        data.train = _stream(recipe, encoder)
+        data.ledger["streamed"] = [source.path for source in options.train]
+    return data
+
+
+def _tokenise_splits(
+    names: tuple[str, ...], encoder: ChatEncoder, recipe: Recipe
+) -> tuple[dict[str, Split], list[TokenFile]]:
+    """The splits that have files of their own, and these files, each once, though it may be in several splits.
+
+    Raises: DataError: rows that the recipe's policies do not let pass.
+    """
+    files: dict[tuple[str, str], TokenFile] = {}
+    sources: dict[str, list[tuple[TokenFile, float]]] = {}
+    for name in names:
+        if not isinstance(getattr(recipe.dataset, name), tuple) or (recipe.dataset.streaming and name == "train"):
+            continue
+        sources[name] = []
+        for source, file in _files(recipe, name):
+            key = (str(file), source.format)
+            files[key] = files.get(key) or tokenise_file(file, source.format, encoder, recipe)
+            sources[name].append((files[key], source.weight))
+    refuse_problems([(file.path, file.problems) for file in files.values()], recipe)
+    splits = {}
+    for name, entries in sources.items():
+        rows = TokenRows([file for file, _ in entries], [weight for _, weight in entries])
+        refuse_losses(name, rows.files, recipe)
+        splits[name] = Split(name, rows, np.arange(len(rows.hashes)))
+    return splits, list(files.values())
+
+
+def _files(recipe: Recipe, split: str) -> list[tuple[Source, Path | str]]:
+    """The files of a split, each with the source that names it. Raises: RecipeError: one is named twice."""
+    found: dict[str, tuple[Source, Path | str]] = {}
+    for source in getattr(recipe.dataset, split):
+        for file in expand(source, recipe, f"dataset.{split}"):
+            place = os.path.realpath(file) if isinstance(file, Path) else file
+            if place in found:
+                raise recipe.error(
+                    f"dataset.{split}",
+                    f"names {file} twice; give it a weight if its rows are to be seen more often",
+                )
+            found[place] = (source, file)
+    return list(found.values())
+
+
+def _hold_out(train: Split, name: str, share: float, recipe: Recipe) -> Split:
+    """Takes a share of the training rows out of `train`, for a split of their own.
+
+    By a seeded hash of their content, so that equal rows stay on one side.
+    Raises: RecipeError: no row, or every row, would be held out.
+    """
+    hashes = train.rows.hashes
+    wanted = max(1, round(len(hashes) * share))
+    seed = f"{int(recipe.training_args.get('seed', 42))}:{name}"
+    salt = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
+    mixed = (hashes[train.chosen].astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(32)  # Fibonacci hashing
+    last = min(wanted, len(mixed)) - 1
+    held_out = mixed <= np.partition(mixed, last)[last]  # `wanted` rows, and what equals the last of these
+    if held_out.all():
+        raise recipe.error(f"dataset.{name}", f"a share of {share} holds out every row of {len(held_out):,}")
+    split = Split(name, train.rows, train.chosen[held_out], has_own_files=False)
+    train.chosen = train.chosen[~held_out]
+    return split
+
+
+def _apply_weights(train: Split, recipe: Recipe) -> None:
+    """Each row as often as its file's weight says; of a broken part, a seeded choice.
+
+    Raises: RecipeError: nothing is left.
+    """
+    weights = train.rows.weight_of_each_row()
+    if (weights == 1).all():
+        return
+    weights = weights[train.chosen]
+    times = np.floor(weights).astype(np.int64)
+    seed = int(recipe.training_args.get("seed", 42))
+    times += np.random.default_rng(seed).random(len(weights)) < weights - times
+    train.chosen = np.repeat(train.chosen, times)
+    if not len(train.chosen):
+        raise recipe.error("dataset.train", "its weights leave no row; raise them")
+
+
+def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]]:
+    """The chosen rows of the test split again as messages, for scoring."""
+    found: list[tuple[str, Conversation]] = []
+    for file, inside in test.rows.by_file(test.chosen):
+        wanted = set(file.rows.data.column("line").to_numpy()[inside].tolist())
+        fmt = load_formats()[str(file.facts["format"])]
+        for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
+            if line in wanted:
+                found.append((f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)))
+    return found
+
+
+def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:
+    """Rows tokenised as training asks for them, nothing kept on disk; a bad row stops the run when it is reached."""
+    files = _files(recipe, "train")
+    if any(source.weight != 1 for source, _ in files):
+        raise recipe.error("dataset.train", "a stream has no weights; take them out, or set dataset.streaming: false")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        given = 0
+        for source, file in files:
+            tokeniser = FileTokeniser(encoder, recipe, source.format)
+            for batch in tokeniser.batches(read_rows(file)):
+                refuse_problems([(str(file), tokeniser.problems)], recipe)
+                tokeniser.problems.clear()
+                given += len(batch)
+                for row in batch.to_pylist():
+                    yield {"input_ids": row["input_ids"], "assistant_mask": row["assistant_mask"]}
+            refuse_problems([(str(file), tokeniser.problems)], recipe)
+        if not given:
+            raise DataError("no row of dataset.train is left to use")
+
+    return datasets.IterableDataset.from_generator(rows)

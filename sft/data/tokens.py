@@ -1,0 +1,343 @@
+"""One file -> token rows on disk, with a ledger of what became of every row.
+
+Each file is tokenised once and kept, memory-mapped, in a cache whose key is its content, the tokenizer, the template
+and the options that matter; the policies of the recipe (error, skip, drop) are applied to what the cache says
+(policies.py), so a change of policy costs nothing. With several processes the first does the work and the others wait.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+from weakref import WeakKeyDictionary
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from sft.data.chat import ChatEncoder, Encoded
+from sft.data.conversation import Conversation, assistant_turns
+from sft.data.rows import FORMATS, detect_format, hub_revision, load_formats, read_rows, to_conversation
+from sft.data.turn_reader import Turn
+from sft.errors import ControlTokenError, DataError, FormatError
+from sft.recipe import Recipe
+
+BATCH = 1000  # rows tokenised at once, fewer where they are long:
+BATCH_CHARACTERS = 2**24  # far below the 2**31 tokens that an Arrow list of a batch can hold
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("assistant_mask", pa.list_(pa.int8())),
+        ("line", pa.int32()),
+        ("hash", pa.int64()),
+    ]
+)
+UNREADABLE, CONTROL, OVERLONG = "bad row", "control token", "over-long"
+
+
+class Problem(NamedTuple):
+    """A row that was not used. line: counted from 1; kind: UNREADABLE, CONTROL or OVERLONG."""
+
+    line: int
+    kind: str
+    message: str
+
+
+class TokenRow(NamedTuple):
+    """A conversation in tokens. input_ids: int32; turns: the ranges of these that carry loss."""
+
+    line: int
+    input_ids: np.ndarray
+    turns: list[Turn]
+    trimmed: bool
+    notes: tuple[str, ...]
+
+
+class Facts(TypedDict, total=False):
+    """A file's part of the ledger. trimmed: lines; stop_ids: token ids that end an answer in this file."""
+
+    sha256: str
+    format: str | None
+    rows: int
+    used: int
+    trimmed: list[int]
+    tokens: int
+    supervised_tokens: int
+    notes: dict[str, int]
+    stop_ids: list[int]
+
+
+@dataclass
+class TokenFile:
+    """One tokenised file: its rows memory-mapped, its part of the ledger."""
+
+    path: str
+    rows: datasets.Dataset
+    facts: Facts
+    problems: list[Problem]
+
+
+# --------------------------------------------------------------------------------------------------------- tokenising
+
+
+class Tokeniser:
+    """A conversation in, a row or a problem out."""
+
+    def __init__(self, encoder: ChatEncoder, recipe: Recipe):
+        self._encoder = encoder
+        self._max_length = recipe.dataset.max_length
+        self._trims = recipe.dataset.overlength == "trim"
+        self._last_turn_only = recipe.chat.loss_on == "last_turn"
+
+    def tokenise(self, line: int, conversation: Conversation, encoded: Encoded | FormatError) -> TokenRow | Problem:
+        """encoded: what the encoder made of the conversation, in a batch with others."""
+        trimmed = False
+        try:
+            if isinstance(encoded, FormatError):
+                raise encoded
+            if not encoded.turns:
+                raise FormatError("there is no assistant turn to train on")
+            if len(encoded.input_ids) > self._max_length:
+                shorter = self._trimmed(conversation, encoded) if self._trims else None
+                if shorter is None:
+                    return self._overlong(line, len(encoded.input_ids))
+                encoded, trimmed = shorter, True
+        except FormatError as error:
+            return Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
+        input_ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int32)
+        turns = list(encoded.turns[-1:] if self._last_turn_only else encoded.turns)
+        return TokenRow(line, input_ids, turns, trimmed, encoded.notes)
+
+    def _trimmed(self, conversation: Conversation, encoded: Encoded) -> Encoded | None:
+        """The longest beginning that ends with an answer and fits, encoded as the conversation that it then is."""
+        messages, tools = conversation
+        for answer, (_, stop) in reversed(list(zip(assistant_turns(messages), encoded.turns, strict=True))):
+            if stop <= self._max_length and answer + 1 < len(messages):
+                shorter = self._encoder.encode(messages[: answer + 1], tools)
+                if len(shorter.input_ids) <= self._max_length:
+                    return shorter
+        return None
+
+    def _overlong(self, line: int, length: int) -> Problem:
+        message = f"{length:,} tokens, more than dataset.max_length {self._max_length:,}"
+        message += ", and its first answer does not end within it" if self._trims else ""
+        return Problem(line, OVERLONG, message)
+
+
+class FileTokeniser:
+    """Tokenises one file, row by row in order, and counts what became of the rows.
+
+    problems: of the rows so far, not in order. format_name: a file of formats/, or "auto".
+    """
+
+    def __init__(self, encoder: ChatEncoder, recipe: Recipe, format_name: str):
+        self.problems: list[Problem] = []
+        self.rows_read = 0
+        self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
+        self._system = recipe.dataset.system
+        self._format = None if format_name == "auto" else load_formats()[format_name]
+        self._trimmed: list[int] = []
+        self._notes: dict[str, int] = defaultdict(int)
+        self._used = self._tokens = self._supervised = 0
+
+    def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
+        """Arrow batches of SCHEMA. While one batch is in the tokenizer's Rust code the next is read and rendered."""
+        stream = self._conversations(rows)
+        with ThreadPoolExecutor(1) as pool:
+            pending: Future[list[Encoded | FormatError]] | None = None
+            waiting: list[tuple[int, Conversation]] = []
+            while True:
+                batch = _next_batch(stream)
+                rendered = self._encoder.render_batch([conversation for _, conversation in batch])
+                following = pool.submit(self._encoder.encode_rendered, rendered) if batch else None
+                if pending is not None:
+                    yield self._to_arrow(waiting, pending.result())
+                if following is None:
+                    return
+                pending, waiting = following, batch
+
+    def facts(self) -> Facts:
+        return {
+            "format": self._format.name if self._format else None,
+            "rows": self.rows_read,
+            "used": self._used,
+            "trimmed": self._trimmed,
+            "tokens": self._tokens,
+            "supervised_tokens": self._supervised,
+            "notes": dict(self._notes),
+            "stop_ids": sorted(self._encoder.stop_ids),
+        }
+
+    def _conversations(self, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Conversation]]:
+        """Rows as conversations; those that are none go to `problems`."""
+        for line, row in rows:
+            self.rows_read += 1
+            try:
+                if isinstance(row, FormatError):
+                    raise row
+                if self._format is None:
+                    self._format = detect_format(row)
+                yield line, to_conversation(row, self._format, self._system)
+            except FormatError as error:
+                self.problems.append(Problem(line, UNREADABLE, str(error)))
+
+    def _to_arrow(self, batch: list[tuple[int, Conversation]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
+        rows: list[TokenRow] = []
+        for (line, conversation), result in zip(batch, encoded, strict=True):
+            row = self._tokeniser.tokenise(line, conversation, result)
+            if isinstance(row, Problem):
+                self.problems.append(row)
+            else:
+                rows.append(row)
+                self._count(row)
+        lengths = [len(row.input_ids) for row in rows]
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        # +1 where a turn starts, -1 where it stops; summed up that is the mask. Turns are apart and not empty.
+        edges = np.zeros(offsets[-1] + 1, dtype=np.int8)
+        begins = list(zip(offsets.tolist(), rows, strict=False))
+        edges[[begin + start for begin, row in begins for start, _ in row.turns]] += 1
+        edges[[begin + stop for begin, row in begins for _, stop in row.turns]] -= 1
+        hashes = b"".join(hashlib.blake2b(row.input_ids.data, digest_size=8).digest() for row in rows)
+        list_offsets = pa.array(offsets).cast(pa.int32())  # raises past 2**31
+        ids = np.concatenate([np.zeros(0, np.int32), *(row.input_ids for row in rows)])
+        return pa.record_batch(
+            [
+                pa.ListArray.from_arrays(list_offsets, pa.array(ids)),
+                pa.ListArray.from_arrays(list_offsets, pa.array(np.cumsum(edges[:-1], dtype=np.int8))),
+                pa.array([row.line for row in rows], pa.int32()),
+                pa.array(np.frombuffer(hashes, dtype=np.int64)),
+            ],
+            schema=SCHEMA,
+        )
+
+    def _count(self, row: TokenRow) -> None:
+        self._used += 1
+        self._tokens += len(row.input_ids)
+        self._supervised += sum(stop - start for start, stop in row.turns)
+        if row.trimmed:
+            self._trimmed.append(row.line)
+        for note in row.notes:
+            self._notes[note] += 1
+
+
+def _next_batch(stream: Iterator[tuple[int, Conversation]]) -> list[tuple[int, Conversation]]:
+    batch: list[tuple[int, Conversation]] = []
+    characters = 0
+    for item in stream:
+        batch.append(item)
+        for message in item[1].messages:
+            characters += len(message.get("content") or "")
+        if len(batch) == BATCH or characters > BATCH_CHARACTERS:
+            break
+    return batch
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+
+def cache_folder() -> Path:
+    """Where tokenised files are kept: beside the datasets library's own cache."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
+
+
+def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
+    """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
+    digest = _digest_of(file)
+    key = hashlib.sha256(
+        json.dumps([digest, fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
+    ).hexdigest()[:32]
+    folder = cache_folder() / key
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "facts.json").is_file():
+                _make(folder, file, fmt, encoder, recipe)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: token rows cannot be kept there ({error.strerror or error}); name another folder with "
+            "the environment variable HF_DATASETS_CACHE"
+        ) from None
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    problems = [Problem(*problem) for problem in facts.pop("problems")]
+    rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+    return TokenFile(str(file), rows, {"sha256": digest, **facts}, problems)
+
+
+def _make(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
+    """Writes the rows beside their place and moves them there when whole: a killed run leaves nothing that looks so."""
+    for left in [folder, *folder.parent.glob(f"{folder.name}.*")]:  # of a killed run: the lock is ours
+        if left.is_dir():
+            shutil.rmtree(left)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        _write(partial, file, fmt, encoder, recipe)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
+    tokeniser = FileTokeniser(encoder, recipe, fmt)
+    with (
+        tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
+        open(folder / "rows.arrow", "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+    ):
+        for batch in tokeniser.batches(read_rows(file)):
+            writer.write_batch(batch)
+            bar.update(tokeniser.rows_read - bar.n)
+    tokeniser.problems.sort()
+    facts = {**tokeniser.facts(), "problems": tokeniser.problems}
+    (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+def _digest_of(file: Path | str) -> str:
+    if isinstance(file, str):
+        return f"hub:{file}@{hub_revision(file)}"
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _fingerprint(encoder: ChatEncoder) -> str:
+    if encoder in _fingerprints:
+        return _fingerprints[encoder]
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
+        str(tokenizer.chat_template),
+        repr(sorted(tokenizer.special_tokens_map.items())),
+    ]
+    _fingerprints[encoder] = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return _fingerprints[encoder]
+
+
+_fingerprints: WeakKeyDictionary[ChatEncoder, str] = WeakKeyDictionary()  # each takes 0.2 s for 150,000 tokens
+
+
+def _options(recipe: Recipe) -> list[Any]:
+    options = recipe.dataset
+    trim = options.overlength == "trim"
+    return [options.system, options.max_length, trim, options.control_tokens == "text", recipe.chat.loss_on]
+
+
+def _code_digest(fmt: str) -> str:
+    """Of the code that makes the rows: a change of it makes them anew."""
+    here = Path(__file__).resolve().parent
+    files = [*sorted(here.glob("*.py")), *sorted((here.parent / "model" / "chatglm3").glob("*.py"))]
+    files += sorted(FORMATS.glob("*.py")) if fmt == "auto" else [FORMATS / f"{fmt}.py"]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

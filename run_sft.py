@@ -15,13 +15,13 @@ def train(recipe: Recipe, check: bool) -> int:
 
     clock = run.Clock()
     tokenizer = run.load_tokenizer(recipe)
-    bare = run.check_model(recipe, tokenizer)
+    meta_model = run.check_model(recipe, tokenizer)
     data = run.prepare_data(recipe, tokenizer)
     if check:
-        return run.report_check(recipe, tokenizer, data, bare)
+        return run.report_check(recipe, tokenizer, data, meta_model)
     description = run.describe_run(recipe, data.ledger)
     checkpoint = run.find_checkpoint(recipe, description)
-    run.begin_output(recipe, description, data, bare)
+    run.begin_output(recipe, description, data, meta_model)
     model = run.add_lora(run.load_model(recipe), recipe)
     clock.lap("load")
     trainer = run.train(recipe, model, tokenizer, data, checkpoint)
@@ -74,10 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         from sft import run  # imports torch and the rest, seconds that a wrong recipe need not wait for
 
         run.set_up(recipe, options.debug)
-        if options.score:
-            return run.score_again(recipe)
-        if options.export:
-            return run.export_again(recipe)
+        if options.score or options.export:
+            from sft import verbs
+
+            return verbs.score_again(recipe) if options.score else verbs.export_again(recipe)
         return train(recipe, options.check)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

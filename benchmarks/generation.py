@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sft.data.splits import prepare  # noqa: E402
-from sft.model.load import default_dtype, load_model, load_tokenizer  # noqa: E402
+from sft.model.load import load_model  # noqa: E402
+from sft.model.machine import default_dtype  # noqa: E402
+from sft.model.tokenizer import load_tokenizer  # noqa: E402
 from sft.recipe import load_recipe  # noqa: E402
 from sft.results import answers as scoring  # noqa: E402 - the path above comes first
 from sft.results.export import generation_config  # noqa: E402

@@ -1,6 +1,5 @@
 """The steps of a run, as run_sft.py tells them in order."""
 
-import json
 import os
 import sys
 import time
@@ -14,38 +13,27 @@ import datasets
 import psutil
 import torch
 import transformers
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.chat import ChatEncoder
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, prepare
 from sft.errors import UserError
-from sft.model.load import (
-    add_lora,
-    check_machine,
-    check_targets,
-    find_model,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    meta_model,
-    use_cpu,
-)
+from sft.model.load import check_targets, load_model, meta_model
+from sft.model.lora import add_lora
+from sft.model.machine import check_machine, use_cpu
+from sft.model.source import find_model
+from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
-from sft.results import answers as scoring
-from sft.results import export, page
+from sft.results import answers, export, page
 from sft.results.export import describe_run
-from sft.training import check
-from sft.training import trainer as training
-from sft.training.trainer import find_checkpoint
+from sft.training import check, trainer
+from sft.training.resume import find_checkpoint, is_finished
+from sft.training.stop import StopAtSignal, Stopped, interrupted
+from sft.training.trainer import CompletionTrainer
 
 __all__ = ["add_lora", "describe_run", "find_checkpoint", "load_model", "load_tokenizer"]
-
-
-class Stopped(UserError):
-    """The run was stopped by a signal, as the user wished."""
-
-    exit_code = 130
 
 
 class Clock:
@@ -89,14 +77,14 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     Returns: the model without weights, by which disk and memory are estimated.
     """
     check_machine(recipe)
-    training.training_config(recipe)
-    bare = meta_model(recipe)
-    if bare.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
+    trainer.training_config(recipe)
+    model = meta_model(recipe)
+    if model.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
         raise recipe.error("model_name_or_path", "is of ChatGLM's family but not ChatGLM3; use its -hf release")
-    check_targets(recipe, bare)
+    check_targets(recipe, model)
     if recipe.adapter_name_or_path:
         find_model(recipe.adapter_name_or_path, recipe, "adapter_name_or_path", "adapter_config.json")
-    return bare
+    return model
 
 
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -109,11 +97,25 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     return data
 
 
-def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, bare: PreTrainedModel) -> None:
+def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, meta_model: PreTrainedModel) -> int:
+    """What --check prints after the ledger: masks, stop token, memory, disk."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    legend = "green" if colour else "between [[ and ]]"
+    for sample in data.ledger["samples"]:
+        say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
+    say("\n" + check.stop_token_line(data, tokenizer))
+    line, fits = check.memory_line(recipe, meta_model, use_cpu(recipe))
+    say(line)
+    say(_disk_line(recipe, meta_model, data))
+    say("the recipe can be run" if fits else "the recipe may not fit; see the memory line")
+    return 0
+
+
+def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> None:
     """Makes output_dir and writes what the run is. Raises: UserError: it cannot be written."""
     if not is_first_process():
         return
-    say(disk_line(recipe, bare, data))
+    say(_disk_line(recipe, meta_model, data))
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,14 +124,40 @@ def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, bare: 
     export.write_json(recipe.output_dir / "data_ledger.json", data.ledger)
 
 
-def disk_line(recipe: Recipe, bare: PreTrainedModel, data: Data) -> str:
+def _disk_line(recipe: Recipe, meta_model: PreTrainedModel, data: Data) -> str:
     """Raises: RecipeError: the disk is too small for what the run will write."""
-    weights = sum(p.numel() for p in bare.parameters())
-    return training.check_disk(recipe, weights, check.trained_weights(recipe, bare), training.steps(recipe, data))
+    weights = sum(p.numel() for p in meta_model.parameters())
+    return check.check_disk(recipe, weights, check.trained_weights(recipe, meta_model), trainer.steps(recipe, data))
+
+
+def train(
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    checkpoint: Path | None,
+) -> CompletionTrainer:
+    """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
+    finished = checkpoint if checkpoint and is_finished(checkpoint, trainer.steps(recipe, data)) else None
+    if checkpoint is not None:
+        say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
+    with StopAtSignal() as stop, memory_advice():
+        trained = trainer.make_trainer(recipe, model, tokenizer, data, [stop])
+        if finished:
+            trained.take_up(finished)
+            return trained
+        trained.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.caught is not None and trained.state.global_step < trained.state.max_steps:
+        raise Stopped(str(interrupted(stop.caught, recipe)))
+    trained.save_state()
+    return trained
 
 
 @contextmanager
-def _memory_advice() -> Iterator[None]:
+def memory_advice() -> Iterator[None]:
+    """Turns a GPU out of memory into advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -144,57 +172,34 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the GPU"
 
 
-def train(
-    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, checkpoint: Path | None
-) -> training.CompletionTrainer:
-    """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"training {trained:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
-    finished = checkpoint if checkpoint and training.is_finished(checkpoint, recipe, data) else None
-    if checkpoint is not None:
-        say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
-    with training.StopAtSignal() as stop, _memory_advice():
-        trainer = training.make_trainer(recipe, model, tokenizer, data, [stop])
-        if finished:
-            trainer.take_up(finished)
-            return trainer
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.caught is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(str(training.interrupted(stop.caught, recipe)))
-    trainer.save_state()
-    return trainer
-
-
-def save(
-    recipe: Recipe, trainer: training.CompletionTrainer, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder
-) -> None:
+def save(recipe: Recipe, trained: CompletionTrainer, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder) -> None:
     """lora_adapter/ and final_model/."""
-    lora = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-    if not trainer.is_world_process_zero():
+    has_lora = hasattr(trained.accelerator.unwrap_model(trained.model), "peft_config")
+    if not trained.is_world_process_zero():
         return
-    if lora:
-        say(f"saved {export.save_adapter(recipe, trainer.save_model)}")
+    if has_lora:
+        say(f"saved {export.save_adapter(recipe, trained.save_model)}")
         if recipe.export.merge:
             say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids)}")
     else:
-        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, trainer.model)}")
+        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, trained.model)}")
 
 
-def score(recipe: Recipe, data: Data, trainer: training.CompletionTrainer) -> None:
+def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
     """Scores base and tuned on the test split, if there is one."""
     if not data.test_conversations or not is_first_process():
         return
     # Without the autocast that training put around forward: --score, later, has none.
-    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    made_by = export.weights_digest(recipe)
-    with _memory_advice():
+    model: Any = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
+    digest = export.weights_digest(recipe)
+    with memory_advice():
         if hasattr(model, "disable_adapter"):
-            models = [("base", model, False, recipe.model_name_or_path), ("tuned", model, True, made_by)]
+            models = [("base", model, False, recipe.model_name_or_path), ("tuned", model, True, digest)]
         else:
             base: Any = load_model(recipe)
             base.to(model.device)
-            models = [("base", base, True, recipe.model_name_or_path), ("tuned", model, True, made_by)]
-        scoring.score(recipe, data.encoder, data.test_conversations, models)
+            models = [("base", base, True, recipe.model_name_or_path), ("tuned", model, True, digest)]
+        answers.score(recipe, data.encoder, data.test_conversations, models)
 
 
 def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
@@ -218,78 +223,3 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-# -------------------------------------------------------------------------------------------------- the other verbs
-
-
-def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, bare: PreTrainedModel) -> int:
-    """What --check prints after the ledger: masks, stop token, memory, disk."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    legend = "green" if colour else "between [[ and ]]"
-    for sample in data.ledger["samples"]:
-        say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
-    say("\n" + check.stop_token_line(data, tokenizer))
-    line, fits = check.memory_line(recipe, bare, use_cpu(recipe))
-    say(line)
-    say(disk_line(recipe, bare, data))
-    say("the recipe can be run" if fits else "the recipe may not fit; see the memory line")
-    return 0
-
-
-def score_again(recipe: Recipe) -> int:
-    """--score: the run's own adapter or model, or the one that an override names, on dataset.test."""
-    if recipe.dataset.test is None:
-        raise recipe.error("dataset", "--score needs dataset.test")
-    tokenizer = load_tokenizer(recipe)
-    check_machine(recipe)
-    data = prepare(recipe, tokenizer, scoring_only=True)
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
-    device = "cpu" if use_cpu(recipe) else torch.device("cuda" if torch.cuda.is_available() else "mps")
-    base: Any = load_model(recipe)
-    if not recipe.quantization_config:
-        base.to(device)
-    origin = recipe.model_name_or_path
-    chosen = recipe.adapter_name_or_path
-    if adapter.is_dir() and chosen in (None, _begun_from(recipe)):
-        chosen = str(adapter)  # the run's own, also where it went on from another
-    models: list[tuple[str, Any, bool, str]]
-    if chosen:
-        model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
-        made_by = export.weights_digest(recipe, Path(chosen))
-        models = [("base", model, False, origin), ("tuned", model, True, made_by)]
-    elif final.is_dir() and recipe.lora_config is None:
-        tuned: Any = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype)
-        tuned.to(device)
-        models = [("base", base, True, origin), ("tuned", tuned, True, export.weights_digest(recipe, final))]
-    else:
-        say(f"{recipe.output_dir} holds no run: scoring {origin} alone")
-        models = [("base", base, True, origin)]
-    scores = scoring.score(recipe, data.encoder, data.test_conversations, models)
-    if (recipe.output_dir / "training_config.json").is_file():
-        page.write_report(recipe.output_dir)
-        say(page.summary(recipe.output_dir))
-    else:  # no run, so no page of it
-        for name, entry in ((f"{m} {n}", e) for m in ("base", "tuned") for n, e in scores.get(m, {}).items()):
-            say(f"{name:<24}{entry.get('reason') or round(entry['score'], 2)}")
-    return 0
-
-
-def _begun_from(recipe: Recipe) -> str | None:
-    """The adapter that the run in output_dir went on from."""
-    config = recipe.output_dir / "training_config.json"
-    if not config.is_file():
-        return None
-    return json.loads(config.read_text(encoding="utf-8"))["recipe"]["adapter_name_or_path"]
-
-
-def export_again(recipe: Recipe) -> int:
-    """--export: final_model/ from lora_adapter/, once more."""
-    adapter = recipe.output_dir / "lora_adapter"
-    if not adapter.is_dir():
-        raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
-    tokenizer = load_tokenizer(recipe)
-    data = prepare(recipe, tokenizer)
-    say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
-    return 0

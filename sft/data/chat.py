@@ -91,6 +91,10 @@ class ChatEncoder:
         self.control.add(tokens_around_messages(self.render, added_token_pattern(tokenizer)))
         self._reader = TurnReader(self.render, self.control, self._rust)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was made of: a compiled template cannot be."""
+        return ChatEncoder, (self.tokenizer, "text" if self.as_text else "error"), {"stop_ids": self.stop_ids}
+
     # --------------------------------------------------------------------------------------------- one conversation
 
     def encode(self, messages: list[Message], tools: Tools | None = None) -> Encoded:

@@ -57,13 +57,13 @@ def to_conversation(row: Any, fmt: Format, system: str | None) -> Conversation:
     if not isinstance(row, dict):
         raise FormatError(f"the row is {_json_type(row)}, not an object")
     for kind in ("required", "optional"):
-        for key, wanted in fmt.fields[kind].items():
+        for key, types in fmt.fields[kind].items():
             value = row.get(key)
             if value is None:
                 if kind == "required":
                     raise FormatError(f"the field {key!r} is {'null' if key in row else 'missing'} (format {fmt.name})")
-            elif not isinstance(value, wanted):
-                raise FormatError(f"the field {key!r} is {_json_type(value)}, not {_wanted(wanted)}")
+            elif not isinstance(value, types):
+                raise FormatError(f"the field {key!r} is {_json_type(value)}, not {_type_names(types)}")
     tools = row.get("tools") if "tools" in fmt.fields["optional"] else None
     if isinstance(tools, str):
         try:
@@ -80,7 +80,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _wanted(types: type | tuple[type, ...]) -> str:
+def _type_names(types: type | tuple[type, ...]) -> str:
     names = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "a boolean"}
     return " or ".join(names.get(t, t.__name__) for t in (types if isinstance(types, tuple) else (types,)))
 
@@ -186,5 +186,5 @@ def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
 
 
 def _not_given(name: str, error: Exception) -> str:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{name}: is no file here, and the hub does not give it: {said}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{name}: is no file here, and the hub does not give it: {reason}"

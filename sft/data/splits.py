@@ -123,13 +123,13 @@ def _hold_out(train: Split, name: str, share: float, recipe: Recipe) -> Split:
     Raises: RecipeError: no row, or every row, would be held out.
     """
     hashes = train.rows.hashes
-    wanted = max(1, round(len(hashes) * share))
+    count = max(1, round(len(hashes) * share))
     seed = f"{int(recipe.training_args.get('seed', 42))}:{name}"
     salt = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
     mixed = (hashes[train.chosen].astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(32)  # Fibonacci hashing
-    last = min(wanted, len(mixed)) - 1
-    held_out = mixed <= np.partition(mixed, last)[last]  # `wanted` rows, and what equals the last of these
+    last = min(count, len(mixed)) - 1
+    held_out = mixed <= np.partition(mixed, last)[last]  # `count` rows, and what equals the last of these
     if held_out.all():
         raise recipe.error(f"dataset.{name}", f"a share of {share} holds out every row of {len(held_out):,}")
     split = Split(name, train.rows, train.chosen[held_out], has_own_files=False)
@@ -158,10 +158,10 @@ def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]
     """The chosen rows of the test split again as messages, for scoring."""
     found: list[tuple[str, Conversation]] = []
     for file, inside in test.rows.by_file(test.chosen):
-        wanted = set(file.rows.data.column("line").to_numpy()[inside].tolist())
+        lines = set(file.rows.data.column("line").to_numpy()[inside].tolist())
         fmt = load_formats()[str(file.facts["format"])]
         for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
-            if line in wanted:
+            if line in lines:
                 found.append((f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)))
     return found
 

@@ -59,7 +59,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without dequantize=True the model could be neither trained nor saved (transformers 5.23).
+    # Without dequantize=True the model could be neither trained nor saved (seen with transformers 5.23).
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )

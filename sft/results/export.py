@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.errors import UserError
-from sft.model.load import load_adapter, load_model
+from sft.model.load import load_model
+from sft.model.lora import load_adapter
 from sft.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate", "tokenizers")

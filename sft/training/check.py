@@ -1,6 +1,8 @@
 """What can be told before training: the masks as a person sees them, and the memory a run will ask for."""
 
 import copy
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,34 @@ def samples(data: Data, tokenizer: PreTrainedTokenizerBase, count: int = 2) -> l
             pieces = mask_pieces(tokenizer, row["input_ids"], row["assistant_mask"])
             found.append({"place": f"{file.path}:{row['line']}", "pieces": pieces})
     return found
+
+
+def check_disk(recipe: Recipe, weights: int, trained: int, steps_to_do: int) -> str:
+    """Estimates what the run will write and compares it with what the disk has.
+
+    Args: weights, trained: how many the model has, and how many of them (or beside them, with LoRA) are trained.
+    Returns: a line for the terminal.
+    Raises: RecipeError: it does not fit.
+    """
+    args = recipe.training_args
+    each = trained * (4 if args.get("save_only_model") else 12)  # float32, and two moments of AdamW in float32
+    every = float(args.get("save_steps", 500))
+    every = max(1, round(every * steps_to_do) if every < 1 else int(every))
+    strategy = args.get("save_strategy", "steps")
+    count = {"no": 0, "epoch": math.ceil(float(args.get("num_train_epochs", 3)))}.get(
+        strategy, steps_to_do // every + 1
+    )
+    if limit := args.get("save_total_limit"):
+        count = min(count, limit + 1)  # a new one is written before the oldest goes
+    lora = trained * 4 if recipe.lora_config or recipe.adapter_name_or_path else 0
+    need = each * count + lora + (weights * 2 if recipe.export.merge or not lora else 0)
+    folder = next(p for p in [recipe.output_dir, *recipe.output_dir.absolute().parents] if p.exists())
+    free = shutil.disk_usage(folder).free
+    of_checkpoints = f"{count} x {each / 1e9:.2f} GB of checkpoints"
+    line = f"disk: about {need / 1e9:.1f} GB to be written ({of_checkpoints}), {free / 1e9:.1f} GB free"
+    if need > free:
+        raise recipe.error(
+            "output_dir",
+            f"{line}; free some, set training_args.save_total_limit or save_only_model, or name another disk",
+        )
+    return line

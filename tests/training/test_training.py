@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.packing import best_fit, pack
 from sft.data.splits import Data
-from sft.model.load import add_lora, load_model, load_tokenizer
+from sft.model.load import load_model
+from sft.model.lora import add_lora
+from sft.model.tokenizer import load_tokenizer
 from sft.recipe import load_recipe
 from sft.training.trainer import CompletionTrainer, make_trainer
 

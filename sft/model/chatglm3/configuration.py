@@ -35,7 +35,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "vocab_size": "padded_vocab_size",
         "num_hidden_layers": "num_layers",

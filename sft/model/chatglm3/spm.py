@@ -42,7 +42,7 @@ def read_pieces(path: str | Path) -> list[Piece]:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         raise ModelError(f"{path}: not a SentencePiece model ({error!r})") from None
 
-    wanted = {
+    fields = {
         "model_type BPE": trainer.get(3) == 2,
         "byte_fallback": trainer.get(35) == 1,
         "treat_whitespace_as_suffix off": trainer.get(24, 0) == 0,
@@ -53,7 +53,7 @@ def read_pieces(path: str | Path) -> list[Piece]:
         "one unknown piece": [piece.type for piece in pieces].count(UNKNOWN) == 1,
         "no user-defined or unused pieces": {piece.type for piece in pieces} <= {NORMAL, UNKNOWN, CONTROL, BYTE},
     }
-    if missing := [name for name, found in wanted.items() if not found]:
+    if missing := [name for name, found in fields.items() if not found]:
         raise ModelError(f"{path}: not a ChatGLM3 tokenizer.model, which has {', '.join(missing)}")
     return pieces
 

@@ -86,7 +86,7 @@ class ChatGLMTokenizer(TokenizersBackend):
         if tokenizer_file is None:
             if vocab_file is None:
                 raise ModelError("ChatGLM3's tokenizer needs tokenizer.model or tokenizer.json; neither is there")
-            self._tokenizer = build_backend(vocab_file)
+            self._tokenizer: Any = build_backend(vocab_file)  # the base class declares None
             kwargs["chat_template"] = CHAT_TEMPLATE  # some releases bring one that renders tools and metadata wrongly
         # Some releases list the control tokens in tokenizer_config.json, as ordinary ones that text would match.
         for name in ("added_tokens_decoder", "extra_special_tokens", "add_bos_token", "add_eos_token"):
@@ -104,7 +104,7 @@ class ChatGLMTokenizer(TokenizersBackend):
         return self._ids("</s>", "<|user|>", "<|observation|>")
 
     def encode_conversation(
-        self, messages: list[dict], tools: list[dict] | None = None
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole conversation, and for each assistant message the range of them that is trained.
 
@@ -125,7 +125,7 @@ class ChatGLMTokenizer(TokenizersBackend):
                 turns.append((start, len(input_ids) + 1))
         return input_ids + self._ids("</s>"), turns
 
-    def encode_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    def encode_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids after which the model writes the next assistant turn; they end with a bare `<|assistant|>`.
 
         Arguments and errors as in `encode_conversation`.
@@ -138,7 +138,7 @@ class ChatGLMTokenizer(TokenizersBackend):
     def _ids(self, *tokens: str) -> list[int]:
         return cast(list[int], self.convert_tokens_to_ids(list(tokens)))
 
-    def _encode_message(self, message: dict) -> list[int]:
+    def _encode_message(self, message: dict[str, Any]) -> list[int]:
         segments = _to_segments(message)
         texts = [text for segment in segments for text in (segment.metadata + "\n", segment.content)]
         encoded = iter(self(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -177,7 +177,7 @@ def build_backend(path: str | Path) -> Tokenizer:
     return backend
 
 
-def _show_tools(messages: list[dict], tools: list[dict] | None) -> list[dict]:
+def _show_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """The messages with `tools` as "tools" of the first, which is a system message then."""
     if not tools:
         return messages
@@ -186,7 +186,7 @@ def _show_tools(messages: list[dict], tools: list[dict] | None) -> list[dict]:
     return [messages[0] | {"tools": messages[0].get("tools") or tools}, *messages[1:]]
 
 
-def _to_segments(message: dict) -> list[Segment]:
+def _to_segments(message: dict[str, Any]) -> list[Segment]:
     """One segment; an assistant message with tool calls has its content (if any) and each call in one of its own."""
     role = {"tool": "observation"}.get(message.get("role", ""), message.get("role"))
     content, metadata = message.get("content") or "", message.get("metadata") or ""
@@ -206,7 +206,7 @@ def _to_segments(message: dict) -> list[Segment]:
     return segments + [_call_to_segment(call) for call in calls]
 
 
-def _call_to_segment(call: dict) -> Segment:
+def _call_to_segment(call: dict[str, Any]) -> Segment:
     """A call as the vendor's fine-tuning code writes it: the name as metadata, the arguments as Python keywords."""
     function = call.get("function", call)
     try:

@@ -1,0 +1,53 @@
+"""LoRA: put on a model, or taken up from an adapter."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from sft.errors import ModelError
+from sft.model.source import find_model, first_line
+from sft.recipe import Recipe
+
+
+def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
+    """Puts the recipe's LoRA on the model, or goes on from its adapter; without either all weights train.
+
+    Raises: RecipeError: the adapter is not there, or does not fit.
+    """
+    if recipe.adapter_name_or_path:
+        return load_adapter(model, recipe.adapter_name_or_path, recipe, trainable=True)
+    if recipe.lora_config is None:
+        return model
+    torch.manual_seed(int(recipe.training_args.get("seed", 42)))  # LoRA weights start random
+    try:
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config}))
+    except (ValueError, TypeError) as error:
+        raise recipe.error("lora_config", first_line(error)) from None
+
+
+def load_adapter(
+    model: PreTrainedModel, name: str, recipe: Recipe, trainable: bool = False, key: str = "adapter_name_or_path"
+) -> PeftModel:
+    """A LoRA adapter on its base. Raises: RecipeError: it is not there, or it was made for another model."""
+    reach = find_model(name, recipe, key, "adapter_config.json")
+    if recipe.lora_config and trainable:
+        adapter_config = PeftConfig.from_pretrained(name, **reach)
+        for option, value in recipe.lora_config.items():
+            adapter_value = getattr(adapter_config, option, value)
+            if (set(adapter_value) != set(value)) if isinstance(value, list) else adapter_value != value:
+                raise recipe.error(
+                    f"lora_config.{option}",
+                    f"is {value}, and the adapter {name} has {adapter_value}; make it equal, or remove it",
+                )
+    try:
+        return PeftModel.from_pretrained(model, str(Path(name).expanduser()), is_trainable=trainable, **reach)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise recipe.error(key, f"{name} does not fit this model: {first_line(error)}") from None
+
+
+def require_trainable(model: PreTrainedModel | PeftModel) -> None:
+    """Raises: ModelError: nothing in the model is trainable."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("no weight of this model would be trained; give lora_config, or remove quantization_config")

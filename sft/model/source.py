@@ -1,0 +1,68 @@
+"""Where a model or adapter comes from: a local folder, the hub's cache, or the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.utils import HfHubHTTPError
+
+from sft.recipe import Recipe
+
+HUB_TIMEOUT_SECONDS = 10
+
+
+def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file: str = "config.json") -> dict[str, Any]:
+    """Sees that a model or adapter is there, before anything slow is begun.
+
+    Returns: keyword arguments for from_pretrained: nothing, or local_files_only where the hub is out of reach.
+    Raises: RecipeError: no such folder, or no such repository.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / file).is_file():
+            return {}
+        raise recipe.error(key, f"the folder {name} holds no {file}; it is not {_what(key)}")
+    if folder.exists():
+        raise recipe.error(key, f"{name} is a file; give the folder that holds {file}")
+    looks_local = name.startswith((".", "/", "~", "models/", "output/")) or name.count("/") > 1 or "\\" in name
+    fetch = "; fetch it with: python -m sft.fetch" if "smollm2" in name.lower() else ""
+    if looks_local:
+        raise recipe.error(key, f"there is no folder {name} (working directory: {Path.cwd()}){fetch}")
+    revision, cache = recipe.model_init.get("revision"), recipe.model_init.get("cache_dir")
+    if isinstance(try_to_load_from_cache(name, file, cache, revision), str):
+        offline = not _hub_answers(name, revision)
+        return {"local_files_only": True} if offline else {}
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "an error")
+        gated = "; log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else ""
+        raise recipe.error(key, f"the model hub answers {status} for {name}{gated}{fetch}") from None
+    except Exception as error:  # no network, a proxy, an impossible name: all one to the user
+        raise recipe.error(
+            key, f"there is no folder {name}, and the model hub cannot be reached ({error}){fetch}"
+        ) from None
+    return {}
+
+
+def _what(key: str) -> str:
+    return "an adapter" if key == "adapter_name_or_path" else "a model"
+
+
+def _hub_answers(name: str, revision: str | None) -> bool:
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception:  # the cached copy serves then
+        return False
+    return True
+
+
+def local_or_hub(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -1,0 +1,65 @@
+"""The tokenizer of a recipe, with a chat template and a pad token."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
+from sft.model.source import find_model, first_line, local_or_hub
+from sft.recipe import Recipe
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the recipe's chat template if it gives one, and with a pad token.
+
+    Raises: RecipeError: it is not there, or it has no chat template.
+    """
+    reach = find_model(recipe.model_name_or_path, recipe)
+    options = {k: v for k, v in recipe.model_init.items() if k in ("revision", "trust_remote_code", "cache_dir")}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(recipe.model_name_or_path), **options, **reach)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise recipe.error("model_name_or_path", f"its tokenizer does not load: {first_line(error)}") from None
+    if recipe.chat.template is not None:
+        try:
+            tokenizer.chat_template = Path(recipe.chat.template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise recipe.error("chat.template", f"{recipe.chat.template} cannot be read: {error}") from None
+    elif recipe.chat.response_template is not None:
+        if tokenizer.chat_template:
+            raise recipe.error(
+                "chat.response_template",
+                "this tokenizer has a chat template already; remove the key, or set chat.template",
+            )
+        tokenizer.chat_template = plain_template(recipe, tokenizer)
+    elif not tokenizer.chat_template and not hasattr(tokenizer, "encode_conversation"):
+        raise recipe.error(
+            "model_name_or_path",
+            "its tokenizer has no chat template; give one with chat.template (a .jinja file), or "
+            "chat.instruction_template and chat.response_template",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills: labels and attention never look at it
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def plain_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat template for a model without one, from the recipe's instruction and response templates.
+
+    "### Human:" and "### Assistant:", each with a line break after it, give for one exchange:
+    ### Human:\\nHi.\\n### Assistant:\\nHello.</s>\\n
+    """
+
+    def text(value: str | list[int] | None) -> str:
+        return json.dumps(value if isinstance(value, str) else tokenizer.decode(value or []), ensure_ascii=False)
+
+    human, answer = text(recipe.chat.instruction_template), text(recipe.chat.response_template)
+    return (
+        "{% for message in messages %}{% if message.role == 'assistant' %}"
+        f"{{{{ {answer} + message.content + eos_token + '\\n' }}}}"
+        "{% elif message.role == 'system' %}{{ message.content + '\\n' }}"
+        f"{{% else %}}{{{{ {human} + message.content + '\\n' }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
+    )

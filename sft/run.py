@@ -20,7 +20,7 @@ from sft.data.chat import ChatEncoder
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, prepare
 from sft.errors import UserError
-from sft.model.load import check_targets, load_model, meta_model
+from sft.model.load import check_targets, checkpoint_dtype, load_model, meta_model
 from sft.model.lora import add_lora
 from sft.model.machine import check_machine, use_cpu
 from sft.model.source import find_model
@@ -164,7 +164,7 @@ def memory_advice() -> Iterator[None]:
         raise UserError(
             f"the GPU's memory ran out: {str(error).splitlines()[0]}\n"
             "lower training_args.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
-            "training_args.gradient_checkpointing: true, lower dataset.max_length, or quantise with load_in_4bit: true"
+            "training_args.activation_checkpointing: true, lower dataset.max_length, or quantise with load_in_4bit: true"
         ) from None
 
 
@@ -182,7 +182,9 @@ def save(recipe: Recipe, trained: CompletionTrainer, tokenizer: PreTrainedTokeni
         if recipe.export.merge:
             say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids)}")
     else:
-        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, trained.model)}")
+        model: Any = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
+        model.to(checkpoint_dtype(recipe))
+        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, model)}")
 
 
 def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
@@ -196,8 +198,9 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
         if hasattr(model, "disable_adapter"):
             models = [("base", model, False, recipe.model_name_or_path), ("tuned", model, True, digest)]
         else:
-            base: Any = load_model(recipe)
+            base: Any = load_model(recipe, training=False)
             base.to(model.device)
+            model.to(base.dtype)
             models = [("base", base, True, recipe.model_name_or_path), ("tuned", model, True, digest)]
         answers.score(recipe, data.encoder, data.test_conversations, models)
 

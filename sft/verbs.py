@@ -27,7 +27,7 @@ def score_again(recipe: Recipe) -> int:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
     device = "cpu" if use_cpu(recipe) else torch.device("cuda" if torch.cuda.is_available() else "mps")
-    base: Any = load_model(recipe)
+    base: Any = load_model(recipe, training=False)
     if not recipe.quantization_config:
         base.to(device)
     base_name = recipe.model_name_or_path

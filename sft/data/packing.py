@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -47,17 +48,18 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     """
     lengths = np.diff(_offsets(rows)).tolist()
     bins = best_fit(lengths, max(max_length, max(lengths)))
+    return datasets.Dataset.from_dict({"rows": bins}).with_transform(partial(_gather, rows))
 
-    def gather(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        gathered: dict[str, list[Any]] = {"input_ids": [], "assistant_mask": [], "seq_lengths": []}
-        for members in batch["rows"]:
-            picked = rows[members]
-            gathered["seq_lengths"].append([len(ids) for ids in picked["input_ids"]])
-            for column in ("input_ids", "assistant_mask"):
-                gathered[column].append([token for row in picked[column] for token in row])
-        return gathered
 
-    return datasets.Dataset.from_dict({"rows": bins}).with_transform(gather)
+def _gather(rows: datasets.Dataset, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The rows of each bin, one after another. A function of the module, so that worker processes can be given it."""
+    gathered: dict[str, list[Any]] = {"input_ids": [], "assistant_mask": [], "seq_lengths": []}
+    for members in batch["rows"]:
+        picked = rows[members]
+        gathered["seq_lengths"].append([len(ids) for ids in picked["input_ids"]])
+        for column in ("input_ids", "assistant_mask"):
+            gathered[column].append([token for row in picked[column] for token in row])
+    return gathered
 
 
 def _offsets(rows: datasets.Dataset) -> np.ndarray:

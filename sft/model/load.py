@@ -20,6 +20,15 @@ def load_config(recipe: Recipe) -> transformers.PretrainedConfig:
         raise recipe.error("model_name_or_path", f"its configuration does not load: {first_line(error)}") from None
 
 
+def checkpoint_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that a full fine-tuning is saved in: the recipe's model_init.dtype, or that of the base's own files."""
+    named = recipe.model_init.get("dtype")
+    if named not in (None, "auto"):
+        return getattr(torch, named)
+    dtype = load_config(recipe).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def meta_model(recipe: Recipe) -> PreTrainedModel:
     """The model without weights, for checks and estimates in seconds."""
     config = load_config(recipe)
@@ -48,15 +57,15 @@ def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
             )
 
 
-def load_model(recipe: Recipe, quantised: bool = True) -> PreTrainedModel:
+def load_model(recipe: Recipe, quantised: bool = True, training: bool = True) -> PreTrainedModel:
     """The base model, quantised as the recipe says.
 
-    Args: quantised: False gives the full weights, for merging and export.
+    Args: quantised: False gives the full weights, for merging and export. training: False where no weight will train.
     Raises: RecipeError: it does not load, or it asks for what this machine has not.
     """
     check_machine(recipe)
     reach = find_model(recipe.model_name_or_path, recipe)
-    options = {**recipe.model_init, "dtype": default_dtype(recipe), **reach}
+    options = {**recipe.model_init, "dtype": default_dtype(recipe, training), **reach}
     if quantised and recipe.quantization_config:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**recipe.quantization_config)
         # Quantised weights are made on the device where they stay; with several processes each takes its own.

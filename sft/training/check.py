@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.splits import Data
 from sft.errors import ModelError
+from sft.model.machine import autocast_dtype, trains_all_weights
 from sft.recipe import Recipe
 
 Pieces = list[tuple[str, bool]]  # (text, does it carry loss), in order
@@ -39,18 +40,20 @@ def render_pieces(pieces: Pieces, colour: bool) -> str:
 def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False) -> dict[str, int]:
     """Bytes of a training step by what they are for, from the model without weights. An estimate, not a bound.
 
-    Below, w is the bytes of a number of the model's dtype, and tokens a batch of rows of max_length.
+    Below, w is the bytes of a number of the model's dtype, c of one under autocast, and tokens a batch of rows of
+    max_length.
 
-    - weights: w each. Of a quantised model's linear layers, without biases and the head, 1 byte each in 8 bits. In 4
-      bits half a byte, and for every 64 a scale of 4 bytes; with double quantisation of 1, and 4 for 256 such scales.
+    - weights: w each, and c more where autocast keeps a copy of weights that train for the length of a step. Of a
+      quantised model's linear layers, without biases and the head, 1 byte each in 8 bits. In 4 bits half a byte, and
+      for every 64 a scale of 4 bytes; with double quantisation of 1, and 4 for 256 such scales.
     - gradients and optimizer: for each trained weight a gradient and AdamW's two moments in that weight's own dtype;
       moments of 1 byte where `optim` says 8bit. LoRA weights come on top: float32, or bfloat16 beside a quantised
       model, where trl casts them.
-    - activations: a layer keeps about w x (16 x hidden + 4 x intermediate) a token, and takes as much again when its
-      gradients are made. With gradient checkpointing that is one layer at a time; of the others only the inputs are
-      kept, w x hidden a token. The largest 4-bit layer is unpacked beside them.
+    - activations: a layer keeps about c x (16 x hidden + 4 x intermediate) a token, and takes as much again when its
+      gradients are made. With activation checkpointing that is one layer at a time; of the others only the inputs are
+      kept, c x hidden a token. The largest 4-bit layer is unpacked beside them.
     - logits: on a GPU trl makes them in tiles, 4096 tokens x 32768 entries at most. On a CPU they are made of the
-      tokens with a label, here half of all: w for the logits, and 4 bytes three times over for softmax and gradients.
+      tokens with a label, here half of all: c for the logits, and 4 bytes three times over for softmax and gradients.
     """
     args, config = recipe.training_args, model.config.get_text_config()
     width, quantised = model.dtype.itemsize, recipe.quantization_config or {}
@@ -60,7 +63,10 @@ def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
     ]
     total = sum(p.numel() for p in model.parameters())
-    weights, unpacked = total * width, 0
+    autocast = autocast_dtype(recipe)
+    compute_width = min(autocast.itemsize, width) if autocast else width
+    copied = compute_width if trains_all_weights(recipe) and compute_width < width else 0
+    weights, unpacked = total * (width + copied), 0
     if quantised.get("load_in_4bit"):
         scale = 1 + 4 / 256 if quantised.get("bnb_4bit_use_double_quant") else 4
         weights, unpacked = int(sum(linear) * (0.5 + scale / 64)), max(linear, default=0) * width
@@ -76,12 +82,12 @@ def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False
 
     tokens = int(args.get("per_device_train_batch_size", 8)) * recipe.dataset.max_length
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    layer = tokens * width * (16 * hidden + 4 * getattr(config, "intermediate_size", 4 * hidden))
-    checkpointed = args.get("gradient_checkpointing", True)
-    activations = tokens * width * hidden * layers + 2 * layer if checkpointed else layer * (layers + 1)
+    layer = tokens * compute_width * (16 * hidden + 4 * getattr(config, "intermediate_size", 4 * hidden))
+    checkpointed = args.get("activation_checkpointing", True)
+    activations = tokens * compute_width * hidden * layers + 2 * layer if checkpointed else layer * (layers + 1)
 
-    tile = min(tokens // 2, 4096) * min(config.vocab_size, 32768) * width
-    logits = tokens // 2 * config.vocab_size * (width + 12) if on_cpu else tile
+    tile = min(tokens // 2, 4096) * min(config.vocab_size, 32768) * compute_width
+    logits = tokens // 2 * config.vocab_size * (compute_width + 12) if on_cpu else tile
     return {
         "weights": weights,
         "gradients and optimizer": train,
@@ -102,8 +108,8 @@ def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool) -> tuple[s
     if need <= free:
         return line, True
     args, advice = recipe.training_args, []
-    if not args.get("gradient_checkpointing", True):
-        advice.append("training_args.gradient_checkpointing: true")
+    if not args.get("activation_checkpointing", True):
+        advice.append("training_args.activation_checkpointing: true")
     if int(args.get("per_device_train_batch_size", 8)) > 1:
         advice.append("training_args.per_device_train_batch_size: 1 (and gradient_accumulation_steps up)")
     if not recipe.quantization_config:

@@ -17,8 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.model.lora import require_trainable
-from sft.model.machine import has_fast_bf16, use_cpu
+from sft.model.machine import autocast_dtype, use_cpu
 from sft.recipe import Recipe
+from sft.training.triton_probe import why_triton_fails
 
 # report_to: the module that each of them needs. tensorboard and the others are optional installs.
 REPORTERS = {
@@ -38,9 +39,13 @@ REPORTERS = {
 class CompletionTrainer(SFTTrainer):
     """SFTTrainer with a loss that reads the labels of sft/data/collator.py and projects supervised positions only.
 
-    On a GPU trl's own fused head does that. Off the GPU it projects every position to the vocabulary and takes entropy
-    and top-1 of each, which is most of a step; the loss here is the same number without that.
+    On a GPU trl's own fused head does that, by Triton. Without Triton (off the GPU, on Windows, without a C compiler) it
+    projects every position to the vocabulary and takes entropy and top-1 of each, which is most of a step; the loss
+    here is the same number without that.
     """
+
+    def _takes_trls_loss(self, device_type: str) -> bool:
+        return not self._is_plain_loss or (device_type == "cuda" and why_triton_fails() is None)
 
     @cached_property
     def _is_plain_loss(self) -> bool:
@@ -62,7 +67,7 @@ class CompletionTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if inputs["input_ids"].device.type == "cuda" or not self._is_plain_loss or return_outputs:
+        if self._takes_trls_loss(inputs["input_ids"].device.type) or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")[:, 1:]
@@ -97,13 +102,11 @@ def training_config(recipe: Recipe) -> SFTConfig:
     """
     given = dict(recipe.training_args)
     on_cpu = use_cpu(recipe)
-    reporters = given.setdefault("report_to", "none")
-    for name in [reporters] if isinstance(reporters, str) else reporters or []:
-        if name in REPORTERS and importlib.util.find_spec(REPORTERS[name]) is None:
-            package = '"swanlab<0.8"' if name == "swanlab" else REPORTERS[name]  # 0.10 fails in transformers 5
-            raise recipe.error("training_args.report_to", f"{name} is not installed; run: pip install {package}")
-    if not given.get("fp16"):
-        given.setdefault("bf16", has_fast_bf16())
+    given.setdefault("report_to", "none")
+    given.setdefault("activation_checkpointing", True)  # trl's default, by the name that is not deprecated
+    _check_optional_packages(recipe)
+    autocast = autocast_dtype(recipe)
+    given |= {"bf16": autocast is torch.bfloat16, "fp16": autocast is torch.float16}
     if recipe.dataset.validation is not None:
         given.setdefault("eval_strategy", "epoch")
         given.setdefault("eval_on_start", True)
@@ -121,6 +124,26 @@ def training_config(recipe: Recipe) -> SFTConfig:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise recipe.error("training_args", str(error).splitlines()[0]) from None
+
+
+def _check_optional_packages(recipe: Recipe) -> None:
+    """Raises: RecipeError: a setting needs a package that is not installed."""
+    args = recipe.training_args
+    reporters = args.get("report_to") or []
+    wanted = [
+        ("training_args.report_to", name, REPORTERS[name], '"swanlab<0.8"' if name == "swanlab" else REPORTERS[name])
+        for name in ([reporters] if isinstance(reporters, str) else reporters)  # swanlab 0.10 fails in transformers 5
+        if name in REPORTERS
+    ]
+    if args.get("use_liger_kernel"):
+        wanted.append(("training_args.use_liger_kernel", "liger", "liger_kernel", "liger-kernel"))
+    if args.get("deepspeed"):
+        wanted.append(("training_args.deepspeed", "deepspeed", "deepspeed", "deepspeed"))
+    if recipe.model_init.get("use_kernels"):
+        wanted.append(("model_init.use_kernels", "kernels", "kernels", "kernels"))
+    for key, name, module, package in wanted:
+        if importlib.util.find_spec(module) is None:
+            raise recipe.error(key, f"{name} is not installed; run: pip install {package}")
 
 
 def make_trainer(

@@ -230,6 +230,6 @@ def test_what_does_not_fit_is_said_with_what_helps(chatglm_6b):
     line, fits = check.memory_line(recipe, meta_model(recipe), on_cpu=True)
     assert not fits
     assert line.splitlines()[1].startswith("it does not fit; what helps: training_args.per_device_train_batch_size: 1")
-    small = dataclasses.replace(recipe, training_args={**recipe.training_args, "gradient_checkpointing": False})
+    small = dataclasses.replace(recipe, training_args={**recipe.training_args, "activation_checkpointing": False})
     line, _ = check.memory_line(small, meta_model(recipe), on_cpu=True)
-    assert "what helps: training_args.gradient_checkpointing: true" in line
+    assert "what helps: training_args.activation_checkpointing: true" in line

@@ -274,8 +274,8 @@ def test_all_problems_are_told_at_once() -> None:
         (
             "1: 2",
             "unknown key 1; the keys here are model_name_or_path, adapter_name_or_path, output_dir, "
-            "resume_from_checkpoint, dataset_path, model_init, dataset, chat, quantization_config, lora_config, "
-            "training_args, evaluation, export",
+            "resume_from_checkpoint, model_init, dataset, chat, quantization_config, lora_config, training_args, "
+            "evaluation, export, dataset_path",
         ),
         ("? [a]\n: b", "a key of the recipe is not text; put it in quotes"),
         ("chat: !sh {}", "chat: found the YAML tag !sh; write plain YAML"),

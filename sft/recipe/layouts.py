@@ -40,9 +40,12 @@ FLAT_ONLY = {
     "lora_config": "lora",
     "training_args": "training",
 }
-# Other names of flat keys.
+# Other names of flat keys. transformers deprecates those of checkpointing, but the recipes in the world say them: they
+# stay, without a warning, and a run resumes under either.
 ALIASES = {
     "dataset_path": "dataset.train",
+    "training_args.gradient_checkpointing": "training_args.activation_checkpointing",
+    "training_args.gradient_checkpointing_kwargs": "training_args.activation_checkpointing_kwargs",
 }
 
 

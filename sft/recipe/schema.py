@@ -19,7 +19,7 @@ Schema = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
-MAX_NAMES = 15  # a longer list of keys or choices is not read
+MAX_NAMES = 8  # a longer list of keys or choices is not read
 NO_SECRETS = "a secret has no place in a recipe; set HF_TOKEN or WANDB_API_KEY, or run `hf auth login`"
 
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}

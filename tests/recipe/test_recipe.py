@@ -240,6 +240,19 @@ def test_both_names_of_activation_checkpointing_are_refused_unless_one_is_an_ove
         assert recipe.training_args == {"activation_checkpointing": False}
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("dataset: {zzz: 1}", "unknown key dataset.zzz; the keys here are train, validation, test, format, system, "),
+        ("training_args: {optim: zzz}", "training_args.optim: found 'zzz'; choose from "),
+    ],
+)
+def test_a_mistake_is_never_answered_with_more_than_eight_names(line: str, problem: str) -> None:
+    (answer,) = problems(LEAST + line + "\n")
+    assert answer.startswith(f"x.yaml:4: {problem}")
+    assert answer.endswith(", ...") and answer.count(",") == 8
+
+
 def test_two_spellings_of_one_key_are_refused() -> None:
     assert problems(LEAST + "dataset: {train: b}\n") == [
         "x.yaml:2: dataset_path: says the same as dataset.train (x.yaml:4); keep one"
@@ -309,8 +322,7 @@ def test_all_problems_are_told_at_once() -> None:
         (
             "1: 2",
             "unknown key 1; the keys here are model_name_or_path, adapter_name_or_path, output_dir, "
-            "resume_from_checkpoint, model_init, dataset, chat, quantization_config, lora_config, training_args, "
-            "evaluation, export, dataset_path",
+            "resume_from_checkpoint, model_init, dataset, chat, quantization_config, ...",
         ),
         ("? [a]\n: b", "a key of the recipe is not text; put it in quotes"),
         ("chat: !sh {}", "chat: found the YAML tag !sh; write plain YAML"),

@@ -205,6 +205,54 @@ def test_a_whole_number_is_turned_into_the_float_that_bitsandbytes_insists_on() 
     assert (threshold, type(threshold)) == (6.0, float)
 
 
+@pytest.mark.parametrize("text", [LEAST + "training_args: {%s}\n", NESTED_LEAST + "training: {%s}\n"])
+def test_gradient_checkpointing_is_read_as_activation_checkpointing(
+    text: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    recipe = load(text % "gradient_checkpointing: false, gradient_checkpointing_kwargs: {use_reentrant: false}")
+    assert recipe.training_args == {
+        "activation_checkpointing": False,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    assert recipe == load(
+        text % "activation_checkpointing: false, activation_checkpointing_kwargs: {use_reentrant: false}"
+    )
+    assert recwarn.list == []
+
+
+def test_a_problem_with_activation_checkpointing_names_the_key_as_the_file_spells_it() -> None:
+    recipe = load(LEAST + "training_args: {gradient_checkpointing: true}\n")
+    place = "x.yaml:4: training_args.gradient_checkpointing: bad"
+    assert str(recipe.error("training_args.activation_checkpointing", "bad")) == place
+
+
+def test_both_names_of_activation_checkpointing_are_refused_unless_one_is_an_override() -> None:
+    text = LEAST + "training_args:\n  gradient_checkpointing: true\n  activation_checkpointing: true\n"
+    assert problems(text) == [
+        "x.yaml:5: training_args.gradient_checkpointing: says the same as training_args.activation_checkpointing "
+        "(x.yaml:6); keep one"
+    ]
+    for given, override in (("gradient", "activation"), ("activation", "gradient"), ("gradient", "gradient")):
+        recipe = load(
+            LEAST + f"training_args: {{{given}_checkpointing: true}}\n",
+            f"training_args.{override}_checkpointing=false",
+        )
+        assert recipe.training_args == {"activation_checkpointing": False}
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("dataset: {zzz: 1}", "unknown key dataset.zzz; the keys here are train, validation, test, format, system, "),
+        ("training_args: {optim: zzz}", "training_args.optim: found 'zzz'; choose from "),
+    ],
+)
+def test_a_mistake_is_never_answered_with_more_than_eight_names(line: str, problem: str) -> None:
+    (answer,) = problems(LEAST + line + "\n")
+    assert answer.startswith(f"x.yaml:4: {problem}")
+    assert answer.endswith(", ...") and answer.count(",") == 8
+
+
 def test_two_spellings_of_one_key_are_refused() -> None:
     assert problems(LEAST + "dataset: {train: b}\n") == [
         "x.yaml:2: dataset_path: says the same as dataset.train (x.yaml:4); keep one"
@@ -274,8 +322,7 @@ def test_all_problems_are_told_at_once() -> None:
         (
             "1: 2",
             "unknown key 1; the keys here are model_name_or_path, adapter_name_or_path, output_dir, "
-            "resume_from_checkpoint, dataset_path, model_init, dataset, chat, quantization_config, lora_config, "
-            "training_args, evaluation, export",
+            "resume_from_checkpoint, model_init, dataset, chat, quantization_config, ...",
         ),
         ("? [a]\n: b", "a key of the recipe is not text; put it in quotes"),
         ("chat: !sh {}", "chat: found the YAML tag !sh; write plain YAML"),

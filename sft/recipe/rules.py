@@ -1,0 +1,129 @@
+"""Settings that are right each by itself but not together."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sft.recipe.reader import spell
+from sft.recipe.recipe import Recipe
+
+Problem = tuple[str, str]  # a key in the flat layout; what is wrong with it, and what to do
+
+LOAD_IN = ("load_in_4bit", "load_in_8bit")
+OUTPUT_LAYERS = ("lm_head", "output_layer", "embed_out")  # of Qwen and Llama, of ChatGLM, of GPT-NeoX
+# Keys of training_args that look at the loss of dataset.validation, and with which values.
+NEEDS_VALIDATION = {
+    "eval_strategy": ("steps", "epoch"),
+    "eval_on_start": (True,),
+    "load_best_model_at_end": (True,),
+    "save_strategy": ("best",),
+    "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
+}
+
+
+def contradictions(recipe: Recipe) -> Iterator[Problem]:
+    for rule in _RULES:
+        yield from rule(recipe)
+
+
+def _quantization(recipe: Recipe) -> Iterator[Problem]:
+    quantization = recipe.quantization_config
+    if quantization is None:
+        return
+    if all(quantization.get(flag) for flag in LOAD_IN):
+        yield "quantization_config", "asks for 4 bits and for 8 bits; choose one"
+    if not any(quantization.get(flag) for flag in LOAD_IN):
+        yield "quantization_config", "quantises nothing; add load_in_4bit: true or load_in_8bit: true"
+    if recipe.lora_config is None and recipe.adapter_name_or_path is None:
+        yield (
+            "quantization_config",
+            "quantised weights cannot be trained, only LoRA weights beside them; turn LoRA on, or quantisation off",
+        )
+
+
+def _target_modules(recipe: Recipe) -> Iterator[Problem]:
+    targets = (recipe.lora_config or {}).get("target_modules", [])
+    output_layers = [module for module in OUTPUT_LAYERS if _is_target(module, targets)]
+    if isinstance(targets, str) and not _is_pattern(targets):
+        yield (
+            "lora_config.target_modules",
+            f"found {spell(targets)}, a pattern that whole module paths must match; write a list, [{targets}]",
+        )
+    elif output_layers:
+        yield (
+            "lora_config.target_modules",
+            f"a LoRA on {output_layers[0]} would never be trained: the loss reads its weight directly; take it out, "
+            "or train it whole with modules_to_save",
+        )
+
+
+def _is_target(module: str, targets: str | list[str]) -> bool:
+    """Whether peft would put a LoRA on an output layer of this name."""
+    if isinstance(targets, list):
+        return module in targets
+    return _is_pattern(targets) and targets != "all-linear" and re.fullmatch(targets, module) is not None
+
+
+def _is_pattern(targets: str) -> bool:
+    """peft reads a text as a pattern over module paths; a single word can match none."""
+    try:
+        re.compile(targets)
+    except re.error:
+        return False
+    return targets == "all-linear" or re.fullmatch(r"\w+", targets) is None
+
+
+def _evaluation_during_training(recipe: Recipe) -> Iterator[Problem]:
+    training = recipe.training_args
+    if recipe.dataset.validation is None:
+        for key, values in NEEDS_VALIDATION.items():
+            if training.get(key) in values:
+                yield (
+                    f"training_args.{key}",
+                    f"{spell(training[key])} needs dataset.validation; give a file, or a share held out of train",
+                )
+    elif training.get("load_best_model_at_end"):
+        eval_strategy, save_strategy = training.get("eval_strategy"), training.get("save_strategy", "steps")
+        if eval_strategy is not None and save_strategy not in (eval_strategy, "best"):
+            yield (
+                "training_args.load_best_model_at_end",
+                f"needs eval_strategy ({eval_strategy}) and save_strategy ({save_strategy}) to be equal; change one",
+            )
+    if training.get("save_strategy") == "best" and not (
+        {"metric_for_best_model", "load_best_model_at_end"} & training.keys()
+    ):
+        yield "training_args.save_strategy", "'best' needs training_args.metric_for_best_model; give eval_loss"
+
+
+def _splits(recipe: Recipe) -> Iterator[Problem]:
+    dataset = recipe.dataset
+    shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(dataset, name), float)}
+    if sum(shares.values()) >= 1:
+        yield "dataset.test", "and dataset.validation are shares that leave nothing to train on; give smaller ones"
+    if dataset.streaming:
+        if recipe.training_args.get("max_steps", -1) < 1:
+            yield "dataset.streaming", "a stream has no known length; set training_args.max_steps"
+        if dataset.packing:
+            yield "dataset.streaming", "a stream is not packed; set dataset.packing: false"
+        for name in shares:
+            yield f"dataset.{name}", "a share cannot be held out of a stream; give a file"
+
+
+def _templates(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.chat.instruction_template is not None and recipe.chat.response_template is None:
+        yield "chat.instruction_template", "needs chat.response_template, which starts the answers; give both"
+
+
+def _output_dir(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.output_dir == Path(recipe.model_name_or_path):
+        yield "output_dir", "is the model's own folder, which the run would overwrite; give another"
+
+
+_RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
+    _quantization,
+    _target_modules,
+    _evaluation_during_training,
+    _splits,
+    _templates,
+    _output_dir,
+)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft.data.chat import ChatEncoder
 from sft.data.dataset import Data, ledger_table, prepare
 from sft.errors import UserError
+from sft.files import write_json
 from sft.model.load import (
     add_lora,
     check_machine,
@@ -117,8 +118,8 @@ def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, bare: 
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
-    export.write_json(recipe.output_dir / "training_config.json", description)
-    export.write_json(recipe.output_dir / "data_ledger.json", data.ledger)
+    write_json(recipe.output_dir / "training_config.json", description)
+    write_json(recipe.output_dir / "data_ledger.json", data.ledger)
 
 
 def disk_line(recipe: Recipe, bare: PreTrainedModel, data: Data) -> str:
@@ -204,7 +205,7 @@ def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
     if torch.cuda.is_available():
         memory["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     config = {**description, "resources": {"seconds": clock.seconds, **memory}}
-    export.write_json(recipe.output_dir / "training_config.json", config)
+    write_json(recipe.output_dir / "training_config.json", config)
     page.write_report(recipe.output_dir)
     say(page.summary(recipe.output_dir))
 

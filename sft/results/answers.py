@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from sft.data.chat import ChatEncoder, Conversation
 from sft.errors import DataError, UserError
+from sft.files import json_line, write_json, write_json_lines
 from sft.recipe import Recipe
 from sft.results import scores as metrics
-from sft.results.export import generation_config, write_json
+from sft.results.export import generation_config
 
 OWN_COLUMNS = ("predictions", "finished")
 LOGIT_ROWS = 4096  # tokens whose logits are held at once: with 152,000 tokens in the vocabulary 1.2 GB in bfloat16
@@ -97,11 +97,8 @@ class Answers:
             self.known = {(entry["model"], entry["key"]): entry for entry in kept[1:]}
         else:
             kept = [making]
+        write_json_lines(path, kept)  # without the broken line, and so that no answer can be lost on the way
         try:
-            # Without the broken line; moved into place so that no answer can be lost on the way.
-            beside = path.with_name(f".{path.name}.partial")
-            beside.write_text("".join(_line(entry) for entry in kept), encoding="utf-8", newline="\n")
-            os.replace(beside, path)
             self._file = open(path, "a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
@@ -109,7 +106,7 @@ class Answers:
     def add(self, model: str, key: str, text: str, finished: bool) -> None:
         entry = {"model": model, "key": key, "text": text, "finished": finished}
         self.known[model, key] = entry
-        self._file.write(_line(entry))
+        self._file.write(json_line(entry))
 
     def flush(self) -> None:
         try:
@@ -119,10 +116,6 @@ class Answers:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -282,14 +275,14 @@ def score(
 
 
 def _write_predictions(path: Path, turns: Sequence[Turn], columns: dict[str, dict[str, list]]) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8", newline="\n") as stream:
+    def entries() -> Iterator[dict[str, Any]]:
         for i, turn in enumerate(turns):
             given = {name: columns[name]["predictions"][i] if name in columns else None for name in ("base", "tuned")}
             messages = turn.conversation.messages[: turn.number]
             entry = {"row": turn.place, "turn": turn.number, "messages": messages, "reference": turn.reference}
-            stream.write(_line(entry | given))
-    os.replace(beside, path)
+            yield entry | given
+
+    write_json_lines(path, entries())
 
 
 def _digest(value: Any) -> str:

@@ -2,12 +2,11 @@
 
 import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.errors import UserError
+from sft.files import whole_folder
 from sft.model.load import load_adapter, load_model
 from sft.recipe import Recipe
 
@@ -48,43 +48,23 @@ def _commit() -> str | None:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON in one step: the file is whole, or as it was before. Raises: UserError: it cannot be written."""
-    beside = path.with_name(f".{path.name}.partial")
+@contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """The folder to fill, beside its place until it is whole. Raises: UserError: it cannot be written."""
     try:
-        beside.write_text(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Fills a folder beside its place and moves it there when it is whole, replacing an older one."""
-    beside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        fill(beside)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
+        with whole_folder(folder) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def save_adapter(recipe: Recipe, save_model: Callable[[str], None]) -> Path:
     """lora_adapter/: what `peft.PeftModel.from_pretrained` loads. save_model: the trainer's own, which knows FSDP."""
-
-    def fill(folder: Path) -> None:
+    adapter = recipe.output_dir / "lora_adapter"
+    with output_folder(adapter) as folder:
         save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; training_config.json says it all
-
-    return write_folder(recipe.output_dir / "lora_adapter", fill)
+    return adapter
 
 
 def save_final_model(recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], trained: Any = None) -> Path:
@@ -96,8 +76,8 @@ def save_final_model(recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], tr
         base = load_model(recipe, quantised=False)
         merged: Any = load_adapter(base, str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
         trained = merged.merge_and_unload(safe_merge=True)
-
-    def fill(folder: Path) -> None:
+    final = recipe.output_dir / "final_model"
+    with output_folder(final) as folder:
         _set_stops(trained, tokenizer, stop_ids)
         if trained.config.model_type == "chatglm":
             from sft.model.chatglm3 import export as chatglm3
@@ -110,8 +90,7 @@ def save_final_model(recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], tr
             trained.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         shutil.copyfile(recipe.output_dir / "training_config.json", folder / "training_config.json")
-
-    return write_folder(recipe.output_dir / "final_model", fill)
+    return final
 
 
 def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> None:

@@ -8,7 +8,6 @@ import html
 import io
 import json
 import math
-import os
 import random
 import re
 import textwrap
@@ -26,6 +25,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sft.errors import UserError
+from sft.files import write_bytes, write_text
 from sft.results.scores import row_scores
 
 ALPHA = 0.05
@@ -498,18 +498,9 @@ def write_report(output_dir: Path) -> Path:
     losses = {name: curve(run.log, key) for name, key in PAGE_PLOTS["Loss"].items()}
     paper = io.BytesIO()
     draw(losses, "Loss", (8, 4.5), PAPER).savefig(paper, format="png", dpi=150, facecolor="white")
-    _write(output_dir / "loss.png", paper.getvalue())
-    _write(output_dir / "report.html", page.encode("utf-8"))
+    write_bytes(output_dir / "loss.png", paper.getvalue())
+    write_text(output_dir / "report.html", page)
     return output_dir / "report.html"
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- the summary

@@ -8,8 +8,6 @@ change of policy costs nothing. With several processes the first does the work a
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +26,7 @@ from sft.data.chat import ChatEncoder, Conversation, Encoded
 from sft.data.packing import best_fit, pack
 from sft.data.rows import FORMATS, detect_format, expand, hub_revision, load_formats, read_rows, to_conversation
 from sft.errors import ControlTokenError, DataError, FormatError
+from sft.files import whole_folder
 from sft.recipe import Recipe, Source
 
 __all__ = ["Data", "Problem", "TokenFile", "best_fit", "ledger_table", "pack", "prepare", "tokenise_file"]
@@ -222,7 +221,8 @@ def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Reci
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "facts.json").is_file():
-                _make(folder, file, fmt, encoder, recipe)
+                with whole_folder(folder) as partial:  # a killed run leaves nothing that looks whole
+                    _write(partial, file, fmt, encoder, recipe)
     except OSError as error:
         said = f"{folder.parent}: token rows cannot be kept there ({error.strerror or error})"
         raise DataError(f"{said}; name another folder with the environment variable HF_DATASETS_CACHE") from None
@@ -230,20 +230,6 @@ def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Reci
     problems = [Problem(*problem) for problem in kept.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return TokenFile(str(file), rows, {"sha256": digest, **kept}, problems)
-
-
-def _make(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
-    """Writes the rows beside their place and moves them there when whole: a killed run leaves nothing that looks so."""
-    for left in [folder, *folder.parent.glob(f"{folder.name}.*")]:  # of a killed run: the lock is ours
-        if left.is_dir():
-            shutil.rmtree(left)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        _write(partial, file, fmt, encoder, recipe)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:

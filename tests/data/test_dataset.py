@@ -539,7 +539,7 @@ def test_a_broken_off_write_leaves_nothing_that_looks_whole(run, tmp_path, monke
     left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
     assert left == [tmp_path / "cache" / "sft_token_rows"]
     monkeypatch.setattr(sft.data.dataset._Tokeniser, "facts", real)
-    monkeypatch.setattr(sft.data.dataset.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sft.files.shutil, "rmtree", lambda *args, **kwargs: None)
     monkeypatch.setattr(sft.data.dataset._Tokeniser, "facts", killed)
     with pytest.raises(KeyboardInterrupt):  # killed for good: its folder stays
         run()

@@ -64,7 +64,7 @@ def test_a_folder_stays_as_it_was_where_its_successor_breaks_off(error, tmp_path
 
 
 def test_what_a_killed_run_left_beside_a_folder_does_not_get_into_it(tmp_path):
-    for left in (".model.partial", ".model.old"):
+    for left in ("model", ".model.partial", ".model.old"):
         (tmp_path / left / "half").mkdir(parents=True)
     with whole_folder(tmp_path / "model") as folder:
         write_text(folder / "new", "")

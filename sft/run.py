@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import psutil
@@ -32,9 +32,10 @@ from sft.model.load import (
     use_cpu,
 )
 from sft.recipe import Recipe
-from sft.results import answers as scoring
 from sft.results import export, page
+from sft.results.evaluation import EvaluatedModel, evaluate_models
 from sft.results.export import describe_run
+from sft.results.summary import run_summary
 from sft.training import check
 from sft.training import trainer as training
 from sft.training.trainer import find_checkpoint
@@ -177,7 +178,8 @@ def save(
         if recipe.export.merge:
             say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids)}")
     else:
-        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, trainer.model)}")
+        tuned = cast(PreTrainedModel, trainer.model)
+        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, tuned)}")
 
 
 def score(recipe: Recipe, data: Data, trainer: training.CompletionTrainer) -> None:
@@ -186,15 +188,18 @@ def score(recipe: Recipe, data: Data, trainer: training.CompletionTrainer) -> No
         return
     # Without the autocast that training put around forward: --score, later, has none.
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    made_by = export.weights_digest(recipe)
+    digest = export.weights_digest(recipe)
     with _memory_advice():
         if hasattr(model, "disable_adapter"):
-            models = [("base", model, False, recipe.model_name_or_path), ("tuned", model, True, made_by)]
+            base, adapter_on = model, False
         else:
-            base: Any = load_model(recipe)
+            base, adapter_on = load_model(recipe), True
             base.to(model.device)
-            models = [("base", base, True, recipe.model_name_or_path), ("tuned", model, True, made_by)]
-        scoring.score(recipe, data.encoder, data.test_conversations, models)
+        models = [
+            EvaluatedModel("base", base, adapter_on, recipe.model_name_or_path),
+            EvaluatedModel("tuned", model, True, digest),
+        ]
+        evaluate_models(recipe, data.encoder, data.test_conversations, models)
 
 
 def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
@@ -207,7 +212,7 @@ def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
     config = {**description, "resources": {"seconds": clock.seconds, **memory}}
     write_json(recipe.output_dir / "training_config.json", config)
     page.write_report(recipe.output_dir)
-    say(page.summary(recipe.output_dir))
+    say(run_summary(recipe.output_dir))
 
 
 def peak_memory_bytes() -> int:
@@ -254,25 +259,27 @@ def score_again(recipe: Recipe) -> int:
     chosen = recipe.adapter_name_or_path
     if adapter.is_dir() and chosen in (None, _begun_from(recipe)):
         chosen = str(adapter)  # the run's own, also where it went on from another
-    models: list[tuple[str, Any, bool, str]]
     if chosen:
         model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
-        made_by = export.weights_digest(recipe, Path(chosen))
-        models = [("base", model, False, origin), ("tuned", model, True, made_by)]
+        digest = export.weights_digest(recipe, Path(chosen))
+        models = [EvaluatedModel("base", model, False, origin), EvaluatedModel("tuned", model, True, digest)]
     elif final.is_dir() and recipe.lora_config is None:
         tuned: Any = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype)
         tuned.to(device)
-        models = [("base", base, True, origin), ("tuned", tuned, True, export.weights_digest(recipe, final))]
+        digest = export.weights_digest(recipe, final)
+        models = [EvaluatedModel("base", base, True, origin), EvaluatedModel("tuned", tuned, True, digest)]
     else:
         say(f"{recipe.output_dir} holds no run: scoring {origin} alone")
-        models = [("base", base, True, origin)]
-    scores = scoring.score(recipe, data.encoder, data.test_conversations, models)
+        models = [EvaluatedModel("base", base, True, origin)]
+    scores = evaluate_models(recipe, data.encoder, data.test_conversations, models)
     if (recipe.output_dir / "training_config.json").is_file():
         page.write_report(recipe.output_dir)
-        say(page.summary(recipe.output_dir))
+        say(run_summary(recipe.output_dir))
     else:  # no run, so no page of it
-        for name, entry in ((f"{m} {n}", e) for m in ("base", "tuned") for n, e in scores.get(m, {}).items()):
-            say(f"{name:<24}{entry.get('reason') or round(entry['score'], 2)}")
+        for model_name, entries in (("base", scores.get("base", {})), ("tuned", scores.get("tuned", {}))):
+            for name, entry in entries.items():
+                shown = entry.get("reason") or round(entry["score"] or 0.0, 2)
+                say(f"{f'{model_name} {name}':<24}{shown}")
     return 0
 
 

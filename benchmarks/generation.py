@@ -1,4 +1,4 @@
-"""Answers for the demo test split, in batches as sft/scoring.py makes them beside one prompt at a time.
+"""Answers for the demo test split, in batches as sft/results/answers.py makes them beside one prompt at a time.
 
     python benchmarks/generation.py MODEL_FOLDER [--max_new_tokens 32] [--batch_size 16] [--dtype float32]
 
@@ -21,8 +21,7 @@ from sft.model.load import load_model  # noqa: E402
 from sft.model.machine import default_dtype  # noqa: E402
 from sft.model.tokenizer import load_tokenizer  # noqa: E402
 from sft.recipe import load_recipe  # noqa: E402
-from sft.results import answers as scoring  # noqa: E402 - the path above comes first
-from sft.results.export import generation_config  # noqa: E402
+from sft.results import answers  # noqa: E402 - the path above comes first
 
 
 def main() -> None:
@@ -46,34 +45,34 @@ def main() -> None:
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer, scoring_only=True)
     model = load_model(recipe)
-    turns = scoring.list_turns(data.test_conversations[: options.max_samples], data.encoder)
-    stops = scoring.stop_ids(model, data.encoder)
-    config = generation_config(recipe, tokenizer, stops)
+    turns = answers.list_turns(data.test_conversations[: options.max_samples], data.encoder)
+    stops = answers.stop_ids(model, data.encoder)
+    config = answers.generation_config(recipe, tokenizer, stops)
     print(
         f"{len(turns)} answers, {torch.get_num_threads()} threads, {default_dtype(recipe)}, batch {options.batch_size}"
     )
 
-    def generate(size: int, chosen: list[scoring.Turn]) -> tuple[float, list[list[int]]]:
+    def generate(size: int, chosen: list[answers.Turn]) -> tuple[float, list[list[int]]]:
         rows: dict[str, list[int]] = {}
         ordered = sorted(chosen, key=lambda turn: -len(turn.prompt))
         begun = time.perf_counter()
         for i in range(0, len(ordered), size):
             batch = ordered[i : i + size]
-            made = scoring.generate(model, data.encoder, [turn.prompt for turn in batch], config)
+            made = answers.generate(model, data.encoder, [turn.prompt for turn in batch], config)
             for turn, row in zip(batch, made, strict=True):
                 end = next((k + 1 for k, token in enumerate(row) if token in stops), len(row))
                 rows[turn.key] = row[:end]
         return time.perf_counter() - begun, [rows[turn.key] for turn in chosen]
 
-    speeds, answers = {}, {}
-    with scoring.for_generation(model, adapter=True):
+    speeds, token_rows = {}, {}
+    with answers.generation_mode(model, adapter_on=True):
         for size in (options.batch_size, 1):
             generate(size, turns[: min(size, 2)])
-            seconds, answers[size] = generate(size, turns)
-            tokens = sum(map(len, answers[size]))
+            seconds, token_rows[size] = generate(size, turns)
+            tokens = sum(map(len, token_rows[size]))
             speeds[size] = tokens / seconds
             print(f"batch {size:>3}: {tokens:,} tokens in {seconds:.1f} s, {speeds[size]:.1f} tokens/s", flush=True)
-    equal = sum(a == b for a, b in zip(answers[options.batch_size], answers[1], strict=True))
+    equal = sum(a == b for a, b in zip(token_rows[options.batch_size], token_rows[1], strict=True))
     print(f"{speeds[options.batch_size] / speeds[1]:.1f} times as fast; {equal} of {len(turns)} answers are the same")
 
 

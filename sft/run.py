@@ -20,14 +20,17 @@ from sft.data.chat import ChatEncoder
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, prepare
 from sft.errors import UserError
+from sft.files import write_json
 from sft.model.load import check_targets, checkpoint_dtype, load_model, meta_model
 from sft.model.lora import add_lora
 from sft.model.machine import check_machine, use_cpu
 from sft.model.source import find_model
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
-from sft.results import answers, export, page
+from sft.results import export, page
+from sft.results.evaluation import EvaluatedModel, evaluate_models
 from sft.results.export import describe_run
+from sft.results.summary import run_summary
 from sft.training import check, trainer
 from sft.training.resume import find_checkpoint, is_finished
 from sft.training.stop import StopAtSignal, Stopped, interrupted
@@ -120,8 +123,8 @@ def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_m
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
-    export.write_json(recipe.output_dir / "training_config.json", description)
-    export.write_json(recipe.output_dir / "data_ledger.json", data.ledger)
+    write_json(recipe.output_dir / "training_config.json", description)
+    write_json(recipe.output_dir / "data_ledger.json", data.ledger)
 
 
 def _disk_line(recipe: Recipe, meta_model: PreTrainedModel, data: Data) -> str:
@@ -164,7 +167,7 @@ def memory_advice() -> Iterator[None]:
         raise UserError(
             f"the GPU's memory ran out: {str(error).splitlines()[0]}\n"
             "lower training_args.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
-            "training_args.activation_checkpointing: true, lower dataset.max_length, or quantise with load_in_4bit: true"
+            "training_args.activation_checkpointing: true, lower dataset.max_length, or quantise: load_in_4bit: true"
         ) from None
 
 
@@ -196,13 +199,16 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
     digest = export.weights_digest(recipe)
     with memory_advice():
         if hasattr(model, "disable_adapter"):
-            models = [("base", model, False, recipe.model_name_or_path), ("tuned", model, True, digest)]
+            base, adapter_on = model, False
         else:
-            base: Any = load_model(recipe, training=False)
+            base, adapter_on = load_model(recipe, training=False), True
             base.to(model.device)
             model.to(base.dtype)
-            models = [("base", base, True, recipe.model_name_or_path), ("tuned", model, True, digest)]
-        answers.score(recipe, data.encoder, data.test_conversations, models)
+        models = [
+            EvaluatedModel("base", base, adapter_on, recipe.model_name_or_path),
+            EvaluatedModel("tuned", model, True, digest),
+        ]
+        evaluate_models(recipe, data.encoder, data.test_conversations, models)
 
 
 def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
@@ -213,9 +219,9 @@ def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
     if torch.cuda.is_available():
         memory["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     config = {**description, "resources": {"seconds": clock.seconds, **memory}}
-    export.write_json(recipe.output_dir / "training_config.json", config)
+    write_json(recipe.output_dir / "training_config.json", config)
     page.write_report(recipe.output_dir)
-    say(page.summary(recipe.output_dir))
+    say(run_summary(recipe.output_dir))
 
 
 def peak_memory_bytes() -> int:

@@ -13,7 +13,9 @@ from sft.model.lora import load_adapter
 from sft.model.machine import check_machine, use_cpu
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
-from sft.results import answers, export, page
+from sft.results import export, page
+from sft.results.evaluation import EvaluatedModel, evaluate_models
+from sft.results.summary import run_summary
 from sft.run import say
 
 
@@ -34,25 +36,27 @@ def score_again(recipe: Recipe) -> int:
     chosen = recipe.adapter_name_or_path
     if adapter.is_dir() and chosen in (None, _begun_from(recipe)):
         chosen = str(adapter)  # the run's own, also where it went on from another
-    models: list[tuple[str, Any, bool, str]]
     if chosen:
         model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
         digest = export.weights_digest(recipe, Path(chosen))
-        models = [("base", model, False, base_name), ("tuned", model, True, digest)]
+        models = [EvaluatedModel("base", model, False, base_name), EvaluatedModel("tuned", model, True, digest)]
     elif final.is_dir() and recipe.lora_config is None:
         tuned: Any = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype)
         tuned.to(device)
-        models = [("base", base, True, base_name), ("tuned", tuned, True, export.weights_digest(recipe, final))]
+        digest = export.weights_digest(recipe, final)
+        models = [EvaluatedModel("base", base, True, base_name), EvaluatedModel("tuned", tuned, True, digest)]
     else:
         say(f"{recipe.output_dir} holds no run: scoring {base_name} alone")
-        models = [("base", base, True, base_name)]
-    scores = answers.score(recipe, data.encoder, data.test_conversations, models)
+        models = [EvaluatedModel("base", base, True, base_name)]
+    scores = evaluate_models(recipe, data.encoder, data.test_conversations, models)
     if (recipe.output_dir / "training_config.json").is_file():
         page.write_report(recipe.output_dir)
-        say(page.summary(recipe.output_dir))
+        say(run_summary(recipe.output_dir))
     else:  # no run, so no page of it
-        for name, entry in ((f"{m} {n}", e) for m in ("base", "tuned") for n, e in scores.get(m, {}).items()):
-            say(f"{name:<24}{entry.get('reason') or round(entry['score'], 2)}")
+        for model_name, entries in (("base", scores.get("base", {})), ("tuned", scores.get("tuned", {}))):
+            for name, entry in entries.items():
+                shown = entry.get("reason") or round(entry["score"] or 0.0, 2)
+                say(f"{f'{model_name} {name}':<24}{shown}")
     return 0
 
 

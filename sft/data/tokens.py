@@ -7,9 +7,6 @@ and the options that matter; the policies of the recipe (error, skip, drop) are 
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +26,7 @@ from sft.data.conversation import Conversation, assistant_turns
 from sft.data.rows import FORMATS, detect_format, hub_revision, load_formats, read_rows, to_conversation
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
+from sft.files import whole_folder
 from sft.recipe import Recipe
 
 BATCH = 1000  # rows tokenised at once, fewer where they are long:
@@ -260,7 +258,8 @@ def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Reci
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "facts.json").is_file():
-                _make(folder, file, fmt, encoder, recipe)
+                with whole_folder(folder) as partial:
+                    _write(partial, file, fmt, encoder, recipe)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: token rows cannot be kept there ({error.strerror or error}); name another folder with "
@@ -270,20 +269,6 @@ def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Reci
     problems = [Problem(*problem) for problem in facts.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     return TokenFile(str(file), rows, {"sha256": digest, **facts}, problems)
-
-
-def _make(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
-    """Writes the rows beside their place and moves them there when whole: a killed run leaves nothing that looks so."""
-    for left in [folder, *folder.parent.glob(f"{folder.name}.*")]:  # of a killed run: the lock is ours
-        if left.is_dir():
-            shutil.rmtree(left)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        _write(partial, file, fmt, encoder, recipe)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:

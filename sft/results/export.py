@@ -2,19 +2,21 @@
 
 import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sft.data.ledger import Ledger
 from sft.errors import UserError
+from sft.files import whole_folder
+from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, save_chatglm, save_glm
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
 from sft.recipe import Recipe
@@ -22,7 +24,7 @@ from sft.recipe import Recipe
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate", "tokenizers")
 
 
-def describe_run(recipe: Recipe, ledger: dict[str, Any]) -> dict[str, Any]:
+def describe_run(recipe: Recipe, ledger: Ledger) -> dict[str, Any]:
     """What made this run: the resolved recipe, versions, the data's fingerprint and the commit; no secrets, no host."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -49,93 +51,74 @@ def _commit() -> str | None:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON in one step: the file is whole, or as it was before. Raises: UserError: it cannot be written."""
-    beside = path.with_name(f".{path.name}.partial")
+@contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """The folder to fill, beside its place until it is whole. Raises: UserError: it cannot be written."""
     try:
-        beside.write_text(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Fills a folder beside its place and moves it there when it is whole, replacing an older one."""
-    beside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        fill(beside)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
+        with whole_folder(folder) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def save_adapter(recipe: Recipe, save_model: Callable[[str], None]) -> Path:
     """lora_adapter/: what `peft.PeftModel.from_pretrained` loads. save_model: the trainer's own, which knows FSDP."""
-
-    def fill(folder: Path) -> None:
+    adapter = recipe.output_dir / "lora_adapter"
+    with output_folder(adapter) as folder:
         save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; training_config.json says it all
+    return adapter
 
-    return write_folder(recipe.output_dir / "lora_adapter", fill)
 
-
-def save_final_model(recipe: Recipe, tokenizer: Any, stop_ids: Iterable[int], trained: Any = None) -> Path:
+def save_final_model(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Iterable[int],
+    trained: PreTrainedModel | None = None,
+) -> Path:
     """final_model/: safetensors, tokenizer, template, and a generation config that stops where training ended a turn.
 
     Args: trained: the model of a full fine-tuning; without it lora_adapter/ is merged onto the unquantised base.
     """
     if trained is None:
         base = load_model(recipe, quantised=False)
-        merged: Any = load_adapter(base, str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
-        trained = merged.merge_and_unload(safe_merge=True)
-
-    def fill(folder: Path) -> None:
+        adapted = load_adapter(base, str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
+        trained = cast(PreTrainedModel, adapted.merge_and_unload(safe_merge=True))
+    final = recipe.output_dir / "final_model"
+    with output_folder(final) as folder:
         _set_stops(trained, tokenizer, stop_ids)
-        if trained.config.model_type == "chatglm":
-            from sft.model.chatglm3 import export as chatglm3
-
-            if recipe.export.format == "chatglm":
-                chatglm3.save_chatglm(trained, recipe.model_name_or_path, folder)
-            else:
-                chatglm3.save_glm(trained, tokenizer, folder)
-        else:
-            trained.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        _save_pretrained(recipe, trained, tokenizer, folder)
         shutil.copyfile(recipe.output_dir / "training_config.json", folder / "training_config.json")
+    return final
 
-    return write_folder(recipe.output_dir / "final_model", fill)
+
+def _save_pretrained(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What from_pretrained loads; of ChatGLM3, in the format that the recipe asks for."""
+    if model.config.model_type != "chatglm":
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    elif recipe.export.format == "chatglm":
+        save_chatglm(cast(ChatGLMForCausalLM, model), recipe.model_name_or_path, folder)
+    else:
+        save_glm(cast(ChatGLMForCausalLM, model), cast(ChatGLMTokenizer, tokenizer), folder)
 
 
 def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> None:
     """Generation stops at the template's stop tokens beside the model's own; greedy or not stays the model's choice."""
-    own = model.generation_config.eos_token_id
-    stops = {*stop_ids, *([own] if isinstance(own, int) else own or [])}
-    model.generation_config.eos_token_id = sorted(stops)
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.use_cache = True
+    config = model.generation_config
+    eos_ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    config.eos_token_id = sorted({*stop_ids, *eos_ids})
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    config.use_cache = True
     model.config.use_cache = True
-
-
-def generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> GenerationConfig:
-    """How answers are generated for scoring: greedy unless the recipe says otherwise."""
-    options = {"do_sample": False, "max_new_tokens": 256, "use_cache": True, **recipe.evaluation.generation}
-    return GenerationConfig(**options, eos_token_id=sorted(stop_ids), pad_token_id=tokenizer.pad_token_id)
 
 
 def weights_digest(recipe: Recipe, folder: Path | None = None) -> str:
     """A fingerprint of the trained weights: of an adapter or a model folder, this run's own by default."""
-    own = [recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"]
-    folder = folder or next((f for f in own if f.is_dir()), recipe.output_dir)
+    if folder is None:
+        saved = [recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"]
+        folder = next((each for each in saved if each.is_dir()), recipe.output_dir)
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         with open(file, "rb") as stream:

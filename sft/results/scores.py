@@ -10,16 +10,20 @@ A metric is one file, metrics/NAME/NAME.py: an `evaluate` module that imports no
   method `score_of(totals)` turns sums, an array (..., k), into {name: array (...)}. A resample then costs one product;
   other metrics are computed anew on each resample;
 - `higher_is_better` is True, False, or None where neither is better: then there is no p-value.
+
+What several of these files say (the _info, the choice of tokens by language) cannot be said once: evaluate 0.4.6 copies
+a module into a folder of its cache with, of its relative imports, only files that lie beside it (`from .x import y`; it
+passes over `from ..x`), and an absolute import of ours fails wherever this repository is not on the path.
 """
 
 import difflib
 import inspect
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
@@ -36,7 +40,43 @@ KANA = re.compile(r"[\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-
 THAI = re.compile(r"[\u0e01-\u0e3a\u0e40-\u0e4e]")
 LETTER = re.compile(r"[^\W\d_]|[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e]")  # Thai vowel and tone signs are not \w
 
-Columns = Mapping[str, Sequence[Any]]
+Columns = Mapping[str, Sequence[Any]]  # what is known of each answer, one value a reference
+ModelName = Literal["base", "tuned"]
+
+
+class ScoreEntry(TypedDict, total=False):
+    """One score of one model: score, low, high and signature, or, where it cannot be computed, None and a reason.
+
+    low, high: percentiles 2.5 and 97.5 of the resamples' scores.
+    """
+
+    score: float | None
+    low: float
+    high: float
+    signature: str
+    reason: str
+
+
+class Scores(TypedDict, total=False):
+    """What scores.json holds. Each dict is by the name of the score; a model that was not scored has none."""
+
+    rows: int
+    language: str
+    base: dict[str, ScoreEntry]
+    tuned: dict[str, ScoreEntry]
+    p_value: dict[str, float]
+    no_p_value: dict[str, str]  # why there is none
+    higher_is_better: dict[str, bool | None]
+
+
+class Metric(Protocol):
+    """A module of metrics/, by the contract above. score_of: only with "row_statistics"."""
+
+    features: Mapping[str, Any]
+    higher_is_better: bool | None
+    compute: Callable[..., dict[str, Any]]
+    _compute: Callable[..., dict[str, Any]]
+    score_of: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def language_of(references: Iterable[str]) -> str:
@@ -62,7 +102,7 @@ def metric_names(folder: Path = FOLDER) -> list[str]:
     return sorted(path.stem for path in folder.glob("*/*.py") if path.stem == path.parent.name)
 
 
-def load_metric(name: str, folder: Path = FOLDER) -> Any:
+def load_metric(name: str, folder: Path = FOLDER) -> Metric:
     """The `evaluate` module metrics/NAME/NAME.py, from any working directory and without a network.
 
     Raises: RecipeError: there is no such metric.
@@ -89,7 +129,7 @@ def row_weights(units: np.ndarray, resamples: int, seed: int) -> Iterator[np.nda
 
 
 @dataclass
-class Measured:
+class Measurement:
     """One metric on one model's answers: its scores and, for each name, those of the resamples, (resamples,)."""
 
     scores: dict[str, float | None]
@@ -97,8 +137,7 @@ class Measured:
     reason: str = "the score is not a finite number"
     resampled: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def entry(self, name: str) -> dict[str, Any]:
-        """What scores.json holds for one score."""
+    def entry(self, name: str) -> ScoreEntry:
         if self.scores[name] is None:
             return {"score": None, "reason": self.reason}
         draws = self.resampled[name]
@@ -106,40 +145,40 @@ class Measured:
         return {"score": self.scores[name], "low": low, "high": high, "signature": self.signature}
 
 
-def takes_language(module: Any) -> bool:
+def takes_language(module: Metric) -> bool:
     return "language" in inspect.signature(module._compute).parameters
 
 
-def measure(metric: str, module: Any, columns: Columns, language: str, weights: Iterable[np.ndarray]) -> Measured:
+def measure(metric: str, module: Metric, columns: Columns, language: str, weights: Iterable[np.ndarray]) -> Measurement:
     """The scores on all rows, and on the resamples in which `weights` says how often each row occurs."""
     missing = [name for name in module.features if name not in columns]
     if missing:
-        return Measured({metric: None}, reason=f"the answers come without {', '.join(missing)}")
-    needed = {name: columns[name] for name in module.features}
+        return Measurement({metric: None}, reason=f"the answers come without {', '.join(missing)}")
+    inputs = {name: columns[name] for name in module.features}
     options = {"language": language} if takes_language(module) else {}
 
-    def outcome_of(rows: np.ndarray) -> dict[str, Any]:
-        return module._compute(**{name: [values[row] for row in rows] for name, values in needed.items()}, **options)
+    def compute(rows: np.ndarray) -> dict[str, Any]:
+        return module._compute(**{name: [values[row] for row in rows] for name, values in inputs.items()}, **options)
 
-    outcome = module.compute(**needed, **options)
-    statistics = outcome.pop("row_statistics", None)
-    about = {key: outcome.pop(key) for key in ("signature", "reason") if key in outcome}
-    measured = Measured({name: _number(score) for name, score in outcome.items()}, **about)
-    if any(score is not None for score in measured.scores.values()):
+    result = module.compute(**inputs, **options)
+    statistics = result.pop("row_statistics", None)
+    signature_or_reason = {key: result.pop(key) for key in ("signature", "reason") if key in result}
+    measurement = Measurement({name: _finite(score) for name, score in result.items()}, **signature_or_reason)
+    if any(score is not None for score in measurement.scores.values()):
         with np.errstate(all="ignore"):  # a resample may lack the very rows that its score needs
             if statistics is not None:
-                measured.resampled = module.score_of(np.stack([weight @ statistics for weight in weights]))
+                measurement.resampled = module.score_of(np.stack([weight @ statistics for weight in weights]))
             else:
-                outcomes = [outcome_of(np.repeat(np.arange(len(weight)), weight)) for weight in weights]
-                measured.resampled = {name: np.array([each[name] for each in outcomes], float) for name in outcome}
-    return measured
+                results = [compute(np.repeat(np.arange(len(weight)), weight)) for weight in weights]
+                measurement.resampled = {name: np.array([each[name] for each in results], float) for name in result}
+    return measurement
 
 
-def _number(score: Any) -> float | None:
+def _finite(score: Any) -> float | None:
     return float(score) if score is not None and np.isfinite(score) else None
 
 
-def compare(name: str, base: Measured, tuned: Measured, higher_is_better: bool | None, units: int) -> float | str:
+def compare(name: str, base: Measurement, tuned: Measurement, higher_is_better: bool | None, units: int) -> float | str:
     """The paired bootstrap p-value of one score, or why there is none; base and tuned share their resamples.
 
     Two-sided, (1 + c) / (1 + n) over n resamples, where d is tuned - base on all rows and c is how many resamples have
@@ -157,7 +196,7 @@ def compare(name: str, base: Measured, tuned: Measured, higher_is_better: bool |
     return float(1 + np.sum(np.abs(differences - observed) >= abs(observed))) / (1 + len(differences))
 
 
-def score(
+def score_answers(
     references: Sequence[str],
     base: Columns | None = None,
     tuned: Columns | None = None,
@@ -167,16 +206,13 @@ def score(
     resamples: int = RESAMPLES,
     seed: int = SEED,
     folder: Path = FOLDER,
-) -> dict[str, Any]:
-    """What scores.json holds: the scores of one model, or of two, on the same references.
+) -> Scores:
+    """The scores of one model, or of two, on the same references.
 
-    base, tuned: {column: values, one a reference}: that model's answers and whatever else the metrics need.
+    base, tuned: that model's answers and whatever else the metrics need.
     language: one of LANGUAGES; None: language_of(references).
     conversations: which conversation each row is a turn of; its turns are drawn together. None: each row is its own.
 
-    Returns: {"rows": n, "language", "base": {name: {"score", "low", "high", "signature"}}, "tuned": {...},
-    "p_value": {name: p}, "no_p_value": {name: reason}, "higher_is_better": {name: True, False or None}}; a score that
-    cannot be computed is {"score": None, "reason"}. low, high: percentiles 2.5 and 97.5 of the resamples' scores.
     Raises: RecipeError: no such metric or language.
     """
     if language is not None and language not in LANGUAGES:
@@ -184,26 +220,42 @@ def score(
     chosen_by = "script" if language is None else "recipe"
     language = language or language_of(references)
     units = np.arange(len(references)) if conversations is None else np.asarray(conversations)
-    answers = {model: columns for model, columns in (("base", base), ("tuned", tuned)) if columns is not None}
-    result: dict[str, Any] = {"rows": len(references), "language": language, **{model: {} for model in answers}}
-    result |= {"p_value": {}, "no_p_value": {}, "higher_is_better": {}}
+    answers: dict[ModelName, Columns] = {}
+    scores: Scores = {"rows": len(references), "language": language}
+    if base is not None:
+        answers["base"], scores["base"] = base, {}
+    if tuned is not None:
+        answers["tuned"], scores["tuned"] = tuned, {}
+    scores |= {"p_value": {}, "no_p_value": {}, "higher_is_better": {}}
     for metric in metrics:
         module = load_metric(metric, folder)
-        measured = {}
+        settings = f"|bs:{resamples}|seed:{seed}"
+        settings += f"|language:{language}|chosen-by:{chosen_by}" if takes_language(module) else ""
+        measurements = {}
         for model, columns in answers.items():
             weights = row_weights(units, resamples, seed)
-            measured[model] = measure(metric, module, {**columns, "references": references}, language, weights)
-            measured[model].signature += f"|bs:{resamples}|seed:{seed}"
-            if takes_language(module):
-                measured[model].signature += f"|language:{language}|chosen-by:{chosen_by}"
-            for name in measured[model].scores:
-                result[model][name] = measured[model].entry(name)
-                result["higher_is_better"][name] = module.higher_is_better
-        if len(measured) == 2:
-            for name in measured["tuned"].scores:
-                p = compare(name, **measured, higher_is_better=module.higher_is_better, units=len(np.unique(units)))
-                result["no_p_value" if isinstance(p, str) else "p_value"][name] = p
-    return result
+            measurement = measure(metric, module, {**columns, "references": references}, language, weights)
+            measurement.signature += settings
+            measurements[model] = measurement
+        _enter(scores, measurements, module.higher_is_better, units=len(np.unique(units)))
+    return scores
+
+
+def _enter(
+    scores: Scores, measurements: dict[ModelName, Measurement], higher_is_better: bool | None, units: int
+) -> None:
+    """Puts what one metric gave into `scores`."""
+    for model, measurement in measurements.items():
+        for name in measurement.scores:
+            scores[model][name] = measurement.entry(name)
+            scores["higher_is_better"][name] = higher_is_better
+    if len(measurements) == 2:
+        for name in measurements["tuned"].scores:
+            p = compare(name, measurements["base"], measurements["tuned"], higher_is_better, units)
+            if isinstance(p, str):
+                scores["no_p_value"][name] = p
+            else:
+                scores["p_value"][name] = p
 
 
 def row_scores(

@@ -39,7 +39,7 @@ REPORTERS = {
 class CompletionTrainer(SFTTrainer):
     """SFTTrainer with a loss that reads the labels of sft/data/collator.py and projects supervised positions only.
 
-    On a GPU trl's own fused head does that, by Triton. Without Triton (off the GPU, on Windows, without a C compiler) it
+    On a GPU trl's own fused head does that, by Triton. Without Triton (off the GPU, on Windows, without a compiler) it
     projects every position to the vocabulary and takes entropy and top-1 of each, which is most of a step; the loss
     here is the same number without that.
     """

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import sft.files
 from sft.data import splits, tokens
 from sft.data.chat import CONTROL_AS_TEXT, ChatEncoder, Encoded
 from sft.data.ledger import find_repeats, ledger_table
@@ -543,7 +544,7 @@ def test_a_broken_off_write_leaves_nothing_that_looks_whole(run, tmp_path, monke
     left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
     assert left == [tmp_path / "cache" / "sft_token_rows"]
     monkeypatch.setattr(tokens.FileTokeniser, "facts", real)
-    monkeypatch.setattr(tokens.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sft.files.shutil, "rmtree", lambda *args, **kwargs: None)
     monkeypatch.setattr(tokens.FileTokeniser, "facts", killed)
     with pytest.raises(KeyboardInterrupt):  # killed for good: its folder stays
         run()

@@ -61,6 +61,7 @@ class _Plain:
     """What compute_loss reads of a trainer."""
 
     _is_plain_loss = True
+    _takes_trls_loss = CompletionTrainer._takes_trls_loss
 
     class args:
         average_tokens_across_devices = False

@@ -12,7 +12,16 @@ import pytest
 from rouge_score import rouge_scorer
 
 from sft.errors import RecipeError
-from sft.results.scores import FOLDER, compare, language_of, load_metric, measure, metric_names, row_scores, score
+from sft.results.scores import (
+    FOLDER,
+    compare,
+    language_of,
+    load_metric,
+    measure,
+    metric_names,
+    row_scores,
+    score_answers,
+)
 
 ENGLISH = (  # reference, answer
     ("The cat sat on the mat, didn't it?", "The cat sat on a mat; didn't it?"),
@@ -35,7 +44,7 @@ def columns(pairs):
 
 
 def uncomputable(metric, references, **answers):
-    return score(references, answers, metrics=[metric], language="other")["base"]
+    return score_answers(references, answers, metrics=[metric], language="other")["base"]
 
 
 @LANGUAGES
@@ -51,7 +60,7 @@ def test_bleu_and_chrf_print_what_the_sacrebleu_command_prints(pairs, tokenize, 
         capture_output=True,
         check=True,
     )
-    ours = score(references, answers, metrics=["bleu", "chrf"])["base"]
+    ours = score_answers(references, answers, metrics=["bleu", "chrf"])["base"]
     for name, theirs in zip(("bleu", "chrf"), json.loads(printed.stdout), strict=True):
         assert f"{ours[name]['score']:.10f}" == f"{theirs['score']:.10f}"
         assert ours[name]["signature"].startswith(theirs["signature"] + "|bs:1000|seed:0")
@@ -61,7 +70,7 @@ def test_english_rouge_is_rouge_score():
     references, answers = columns(ENGLISH)
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
     rows = [scorer.score(reference, answer) for reference, answer in ENGLISH]
-    ours = score(references, answers, metrics=["rouge"])["base"]
+    ours = score_answers(references, answers, metrics=["rouge"])["base"]
     for name in scorer.rouge_types:
         assert f"{ours[name]['score']:.10f}" == f"{100 * sum(row[name].fmeasure for row in rows) / len(rows):.10f}"
 
@@ -89,7 +98,7 @@ def test_chinese_rouge_is_rouge_over_characters_and_latin_words():
         "rougeL": [f1(longest(*row), *map(len, row)) for row in rows],
     }
     references, answers = columns(CHINESE)
-    ours = score(references, answers, metrics=["rouge"])["base"]
+    ours = score_answers(references, answers, metrics=["rouge"])["base"]
     for name, values in expected.items():
         assert f"{ours[name]['score']:.10f}" == f"{100 * sum(values) / len(values):.10f}"
 
@@ -98,7 +107,7 @@ def test_chinese_rouge_is_rouge_over_characters_and_latin_words():
 def test_japanese_and_thai_are_scored_by_character(language):
     text, other = {"ja": ("雨が降る", "雨が止む"), "th": ("กาแฟ", "กาแดง")}[language]
     same = {"ja": 2, "th": 3}[language]  # 雨, が; ก, า, แ
-    ours = score([text], {"predictions": [other]}, metrics=["bleu", "rouge"])
+    ours = score_answers([text], {"predictions": [other]}, metrics=["bleu", "rouge"])
     assert ours["language"] == language
     assert ours["base"]["rouge1"]["score"] == pytest.approx(100 * 2 * same / (len(text) + len(other)))
     assert "|tok:char|" in ours["base"]["bleu"]["signature"]
@@ -115,7 +124,7 @@ def test_the_other_scores_are_these_literals():
         "tokens": [3, 5],
     }
     names = ["exact_match", "length_ratio", "stop_rate", "distinct_2", "perplexity", "token_accuracy"]
-    ours = score(references, answers, metrics=names)["base"]
+    ours = score_answers(references, answers, metrics=names)["base"]
     assert {name: round(ours[name]["score"], 9) for name in names} == {
         "exact_match": 50.0,  # the second row
         "length_ratio": 1.2,  # 6 tokens for 5
@@ -128,12 +137,12 @@ def test_the_other_scores_are_these_literals():
 
 def test_a_language_set_in_the_recipe_is_used_and_named():
     references, answers = columns(CHINESE)
-    ours = score(references, answers, metrics=["bleu"], language="other")
+    ours = score_answers(references, answers, metrics=["bleu"], language="other")
     assert ours["language"] == "other"
     assert "|tok:13a|" in ours["base"]["bleu"]["signature"]
     assert ours["base"]["bleu"]["signature"].endswith("|language:other|chosen-by:recipe")
     with pytest.raises(RecipeError, match="unknown language 'fr'; there are zh, ja, th, other"):
-        score(references, answers, language="fr")
+        score_answers(references, answers, language="fr")
 
 
 @pytest.mark.parametrize(
@@ -195,42 +204,44 @@ def test_the_score_of_the_summed_rows_is_the_score(metric):
 
 
 def test_rows_that_are_all_equal_give_an_interval_without_width():
-    entry = score(["a b c d e"] * 4, {"predictions": ["a b c d"] * 4}, metrics=["bleu"])["base"]["bleu"]
+    entry = score_answers(["a b c d e"] * 4, {"predictions": ["a b c d"] * 4}, metrics=["bleu"])["base"]["bleu"]
     assert entry["low"] == entry["score"] == entry["high"] == pytest.approx(100 * np.exp(1 - 5 / 4))
 
 
 def test_the_interval_of_a_share_is_that_of_its_binomial():
     answers = ["yes"] * 50 + ["no"] * 50
-    entry = score(["yes"] * 100, {"predictions": answers}, metrics=["exact_match"])["base"]["exact_match"]
+    entry = score_answers(["yes"] * 100, {"predictions": answers}, metrics=["exact_match"])["base"]["exact_match"]
     assert entry["score"] == 50
     assert abs(entry["low"] - 40) <= 1 and abs(entry["high"] - 60) <= 1  # 50 -+ 1.96 * sqrt(0.5 * 0.5 / 100)
-    again = score(["yes"] * 100, {"predictions": answers}, metrics=["exact_match"])["base"]["exact_match"]
+    again = score_answers(["yes"] * 100, {"predictions": answers}, metrics=["exact_match"])["base"]["exact_match"]
     assert entry == again
 
 
 def test_turns_of_a_conversation_are_drawn_together():
     answers, ids = ["yes"] * 50 + ["no"] * 50, [row // 50 for row in range(100)]
-    entry = score(["yes"] * 100, {"predictions": answers}, metrics=["exact_match"], conversations=ids)["base"]
+    entry = score_answers(["yes"] * 100, {"predictions": answers}, metrics=["exact_match"], conversations=ids)["base"]
     assert (entry["exact_match"]["low"], entry["exact_match"]["high"]) == (0, 100)
 
 
 def test_distinct_2_lies_within_its_interval():
     answers = [f"w{row} x{row} the same" for row in range(30)]
-    entry = score(["r"] * 30, {"predictions": answers}, metrics=["distinct_2"])["base"]["distinct_2"]
+    entry = score_answers(["r"] * 30, {"predictions": answers}, metrics=["distinct_2"])["base"]["distinct_2"]
     assert entry["score"] == pytest.approx(100 * 61 / 90)
     assert entry["low"] <= entry["score"] * (1 + 1e-12) and entry["score"] <= entry["high"] * (1 + 1e-12)
 
 
 def test_a_clearly_better_model_has_the_least_p_value():
     references = [f"row {n} says {n * n} and no more" for n in range(20)]
-    result = score(references, {"predictions": ["?"] * 20}, {"predictions": references}, ["chrf", "bleu", "rouge"])
+    result = score_answers(
+        references, {"predictions": ["?"] * 20}, {"predictions": references}, ["chrf", "bleu", "rouge"]
+    )
     assert set(result["p_value"]) == {"chrf", "bleu", "rouge1", "rouge2", "rougeL"}
     assert set(result["p_value"].values()) == {1 / 1001}
 
 
 def test_equal_answers_have_a_p_value_of_one():
     references, answers = columns(ENGLISH * 4)
-    result = score(references, answers, answers, ["chrf", "rouge"])
+    result = score_answers(references, answers, answers, ["chrf", "rouge"])
     assert result["p_value"] == {"chrf": 1, "rouge1": 1, "rouge2": 1, "rougeL": 1}
     assert result["base"] == result["tuned"]
 
@@ -247,7 +258,7 @@ def test_a_p_value_counts_resamples_as_far_from_the_difference_as_it_is_from_zer
 
 def test_a_length_ratio_has_no_p_value_and_says_why():
     references, answers = columns(ENGLISH * 4)
-    result = score(references, answers, answers, ["length_ratio"])
+    result = score_answers(references, answers, answers, ["length_ratio"])
     assert result["p_value"] == {}
     assert result["no_p_value"] == {"length_ratio": "neither more nor less of it is better"}
     assert result["higher_is_better"] == {"length_ratio": None}
@@ -274,7 +285,7 @@ def test_a_score_that_cannot_be_computed_says_why():
 
 def test_no_metric_scores_an_empty_file():
     nothing = dict.fromkeys(["predictions", "finished", "loss_sum", "correct", "tokens"], [])
-    result = score([], nothing, nothing, metric_names())
+    result = score_answers([], nothing, nothing, metric_names())
     assert result["rows"] == 0 and result["p_value"] == {} and set(result["no_p_value"]) == set(result["base"])
     assert {entry["score"] for entry in result["base"].values()} == {None}
     assert all(entry["reason"] for entry in result["base"].values())
@@ -283,7 +294,7 @@ def test_no_metric_scores_an_empty_file():
 def test_a_row_score_is_the_score_of_that_row_alone():
     references, answers = columns(ENGLISH)
     rows = row_scores("chrf", references, answers)["chrf"]
-    alone = [score([r], {"predictions": [a]}, metrics=["chrf"])["base"]["chrf"]["score"] for r, a in ENGLISH]
+    alone = [score_answers([r], {"predictions": [a]}, metrics=["chrf"])["base"]["chrf"]["score"] for r, a in ENGLISH]
     assert rows.tolist() == alone
     assert (rows[2], rows[4]) == (100, 0)
 
@@ -307,7 +318,7 @@ class Shortest(evaluate.Metric):
     (tmp_path / "shortest").mkdir()
     (tmp_path / "shortest" / "shortest.py").write_text(source, encoding="utf-8")
     assert metric_names(tmp_path) == ["shortest"]
-    result = score(["r"] * 4, {"predictions": ["a", "bb", "bb", "bb"]}, metrics=["shortest"], folder=tmp_path)
+    result = score_answers(["r"] * 4, {"predictions": ["a", "bb", "bb", "bb"]}, metrics=["shortest"], folder=tmp_path)
     entry = {"score": 1.0, "low": 1.0, "high": 2.0, "signature": "version:1|bs:1000|seed:0"}
     assert result["base"] == {"shortest": entry}
     rows = row_scores("shortest", ["r", "r"], {"predictions": ["a", "bb"]}, folder=tmp_path)

@@ -1,0 +1,164 @@
+"""Evaluates models on the test split: their answers and their losses on the references, and the scores of these."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from sft.data.chat import ChatEncoder
+from sft.data.conversation import Conversation, assistant_turns
+from sft.errors import DataError
+from sft.files import write_json, write_json_lines
+from sft.recipe import Recipe
+from sft.results.answers import (
+    Answers,
+    CausalLM,
+    Turn,
+    generate_answers,
+    generation_config,
+    generation_mode,
+    list_turns,
+    stop_ids,
+)
+from sft.results.run_folder import Prediction
+from sft.results.scores import Columns, ModelName, Scores, load_metric, score_answers
+
+ANSWER_COLUMNS = ("predictions", "finished")
+LOGIT_ROWS = 4096  # tokens whose logits are held at once: with 152,000 tokens in the vocabulary 1.2 GB in bfloat16
+
+
+@dataclass
+class EvaluatedModel:
+    """adapter_on: False evaluates a LoRA's base; provenance: of the weights, a model's name or a digest."""
+
+    name: ModelName
+    model: CausalLM
+    adapter_on: bool
+    provenance: str
+
+
+def evaluate_models(
+    recipe: Recipe,
+    encoder: ChatEncoder,
+    conversations: Sequence[tuple[str, Conversation]],
+    models: Sequence[EvaluatedModel],
+) -> Scores:
+    """Writes predictions.jsonl and scores.json. conversations: of the test split, each with its "file:line".
+
+    Raises: DataError: nothing to score.
+    """
+    options = recipe.evaluation
+    for _, conversation in conversations[:1]:
+        encoder.encode(conversation.messages, conversation.tools)  # teaches the encoder its stop tokens
+    turns = list_turns(conversations[: options.max_samples], encoder)
+    if not turns:
+        raise DataError("the test split has no assistant turn to score")
+    stops = sorted(set().union(*(stop_ids(each.model, encoder) for each in models)))
+    config = generation_config(recipe, encoder.tokenizer, stops)
+    needed = {column for name in options.metrics for column in load_metric(name).features}
+    columns: dict[ModelName, Columns] = {}
+    working_file = recipe.output_dir / "predictions.partial.jsonl"
+    with closing(Answers(working_file, _provenance(recipe, stops, turns, models))) as answers:
+        for each in models:
+            with generation_mode(each.model, each.adapter_on):
+                generate_answers(each.model, encoder, turns, answers, each.name, config, options.batch_size)
+                columns[each.name] = _answer_columns(answers, each.name, turns)
+                if needed - {"references", *ANSWER_COLUMNS}:
+                    losses = reference_losses(each.model, encoder, turns, options.batch_size)
+                    columns[each.name] = {**columns[each.name], **losses}
+    scores = score_answers(
+        [turn.reference for turn in turns],
+        columns.get("base"),
+        columns.get("tuned"),
+        options.metrics,
+        language=options.language,
+        conversations=[turn.place for turn in turns],
+    )
+    write_json_lines(recipe.output_dir / "predictions.jsonl", _predictions(turns, columns))
+    write_json(recipe.output_dir / "scores.json", scores)
+    working_file.unlink()
+    return scores
+
+
+def _provenance(
+    recipe: Recipe, stops: list[int], turns: Sequence[Turn], models: Sequence[EvaluatedModel]
+) -> dict[str, Any]:
+    """All that decides what the answers are, as JSON has it: where one of these differs, answers are not taken up."""
+    settings = recipe.to_dict()
+    prompts = json.dumps([turn.prompt for turn in turns])
+    provenance = {
+        "generation": recipe.evaluation.generation,
+        "stops": stops,
+        "model_init": settings["model_init"],
+        "quantization_config": settings["quantization_config"],
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
+        "models": {each.name: each.provenance for each in models},
+    }
+    return json.loads(json.dumps(provenance, default=str))
+
+
+def _answer_columns(answers: Answers, name: ModelName, turns: Sequence[Turn]) -> Columns:
+    entries = [answers.entries[name, turn.key] for turn in turns]
+    return {"predictions": [entry["text"] for entry in entries], "finished": [entry["finished"] for entry in entries]}
+
+
+def _predictions(turns: Sequence[Turn], columns: Mapping[ModelName, Columns]) -> Iterator[Prediction]:
+    """The lines of predictions.jsonl."""
+    absent = {"predictions": [None] * len(turns)}
+    base, tuned = columns.get("base", absent)["predictions"], columns.get("tuned", absent)["predictions"]
+    for turn, base_text, tuned_text in zip(turns, base, tuned, strict=True):
+        yield Prediction(
+            row=turn.place,
+            turn=turn.number,
+            messages=turn.conversation.messages[: turn.number],
+            reference=turn.reference,
+            base=base_text,
+            tuned=tuned_text,
+        )
+
+
+class ReferenceLoss(NamedTuple):
+    """Of one reference. loss_sum: nats; correct: tokens that the model ranks first; tokens: how many there are."""
+
+    loss_sum: float
+    correct: int
+    tokens: int
+
+
+def reference_losses(
+    model: CausalLM, encoder: ChatEncoder, turns: Sequence[Turn], batch_size: int
+) -> dict[str, list[float]]:
+    """What the model gives the reference answers: each field of ReferenceLoss, with one value a turn."""
+    conversations = {turn.place: turn.conversation for turn in turns}
+    losses: dict[str, ReferenceLoss] = {}
+    rows = [(place, c, encoder.encode(c.messages, c.tools)) for place, c in conversations.items()]
+    rows.sort(key=lambda row: -len(row[2].input_ids))
+    pad = encoder.tokenizer.pad_token_id or 0
+    bar = tqdm(total=len(rows), desc="References", disable=None, leave=False)
+    while rows:
+        size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][2].input_ids)))
+        batch, rows = rows[:size], rows[size:]
+        width = max(len(encoded.input_ids) for _, _, encoded in batch)
+        padding = [width - len(encoded.input_ids) for _, _, encoded in batch]
+        padded = [[*encoded.input_ids, *[pad] * n] for (_, _, encoded), n in zip(batch, padding, strict=True)]
+        ids = torch.tensor(padded).to(model.device)
+        mask = torch.tensor([[1] * (width - n) + [0] * n for n in padding]).to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, (place, conversation, encoded) in enumerate(batch):
+            numbers = assistant_turns(conversation.messages)
+            for number, (start, stop) in zip(numbers, encoded.turns, strict=True):
+                # The logits at a position are for the token after it.
+                predicted, labels = logits[row, start - 1 : stop - 1].float(), ids[row, start:stop]
+                loss = cross_entropy(predicted, labels, reduction="sum").item()
+                correct = int((predicted.argmax(-1) == labels).sum())
+                losses[f"{place}#{number}"] = ReferenceLoss(loss, correct, tokens=stop - start)
+        bar.update(len(batch))
+    bar.close()
+    columns = zip(*(losses[turn.key] for turn in turns), strict=True)
+    return dict(zip(ReferenceLoss._fields, map(list, columns), strict=True))

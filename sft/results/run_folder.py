@@ -1,0 +1,68 @@
+"""The folder of a run as it lies on disk: the shapes of its files, and the reading of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from sft.errors import UserError
+from sft.results.scores import Scores
+
+
+class Prediction(TypedDict):
+    """A line of predictions.jsonl. turn: the number of the message, from 0; base, tuned: None if not scored."""
+
+    row: str
+    turn: int
+    messages: list[dict[str, Any]]
+    reference: str
+    base: str | None
+    tuned: str | None
+
+
+@dataclass
+class Run:
+    """What output_dir holds; a file that is not there is None.
+
+    config: training_config.json, as sft.results.export.describe_run makes it, and "resources" of a finished run.
+    ledger: data_ledger.json. state: trainer_state.json, which the Trainer writes.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    ledger: dict[str, Any] | None
+    state: dict[str, Any] | None
+    scores: Scores | None
+    predictions: list[Prediction] | None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.config.get("recipe") or {}
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return (self.state or {}).get("log_history") or []
+
+
+def read_run(folder: Path) -> Run:
+    """Raises: UserError: there is no training_config.json, or a file is not JSON."""
+    config = _read(folder / "training_config.json")
+    if config is None:
+        raise UserError(f"there is no {folder / 'training_config.json'}; a report needs the folder of a run")
+    names = ("data_ledger.json", "trainer_state.json", "scores.json", "predictions.jsonl")
+    return Run(folder, config, *(_read(folder / name) for name in names))
+
+
+def _read(path: Path) -> Any:
+    """What a .json or a .jsonl file holds; None: there is none. Raises: UserError: it cannot be read."""
+    lines = path.suffix == ".jsonl"
+    try:
+        text = path.read_bytes().decode("utf-8")
+        # Not splitlines: JSON text may hold other line ends, such as U+2028.
+        return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not {'JSON lines' if lines else 'JSON'}: {error}") from None

@@ -1,0 +1,71 @@
+"""What is written is whole, or as it was before."""
+
+from datetime import date
+
+import pytest
+
+from sft.errors import UserError
+from sft.files import whole_folder, write_bytes, write_json, write_json_lines, write_text
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_text_is_utf8_with_line_feeds_and_nothing_stays_beside_it(tmp_path):
+    write_text(tmp_path / "a.txt", "é\n世\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa9\n\xe4\xb8\x96\n"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_json_is_readable_and_takes_what_json_does_not_know_as_text(tmp_path):
+    write_json(tmp_path / "a.json", {"é": [1, date(2024, 2, 29)]})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "é": [\n    1,\n    "2024-02-29"\n  ]\n}\n'
+
+
+def test_json_lines_are_split_at_line_feeds_only(tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", [{"text": "one\ntwo\u2028three"}, [4]])
+    assert (tmp_path / "a.jsonl").read_bytes() == b'{"text": "one\\ntwo\xe2\x80\xa8three"}\n[4]\n'
+
+
+def test_a_file_stays_as_it_was_where_its_successor_breaks_off(tmp_path):
+    def broken():
+        yield "new"
+        raise KeyboardInterrupt
+
+    write_json_lines(tmp_path / "a.jsonl", ["old"])
+    with pytest.raises(KeyboardInterrupt):
+        write_json_lines(tmp_path / "a.jsonl", broken())
+    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == '"old"\n'
+
+
+@pytest.mark.parametrize("write", [write_bytes, write_json_lines], ids=["bytes", "lines"])
+def test_a_file_that_cannot_be_written_is_the_users_to_mend(write, tmp_path):
+    with pytest.raises(UserError, match=r"missing.a\.json cannot be written: No such file or directory"):
+        write(tmp_path / "missing" / "a.json", b"")
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / "parent" / "model") as folder:
+            write_text(folder / content, content)
+            assert folder != tmp_path / "parent" / "model"
+    assert names(tmp_path / "parent") == ["model"] and names(tmp_path / "parent" / "model") == ["new"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_folder_stays_as_it_was_where_its_successor_breaks_off(error, tmp_path):
+    with whole_folder(tmp_path / "model") as folder:
+        write_text(folder / "old", "")
+    with pytest.raises(error), whole_folder(tmp_path / "model") as folder:
+        write_text(folder / "new", "")
+        raise error
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["old"]
+
+
+def test_what_a_killed_run_left_beside_a_folder_does_not_get_into_it(tmp_path):
+    for left in ("model", ".model.partial", ".model.old"):
+        (tmp_path / left / "half").mkdir(parents=True)
+    with whole_folder(tmp_path / "model") as folder:
+        write_text(folder / "new", "")
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["new"]

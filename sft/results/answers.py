@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.chat import ChatEncoder
-from sft.data.conversation import Conversation
+from sft.data.conversation import Conversation, assistant_turns
 from sft.errors import UserError
 from sft.files import json_line, write_json_lines
 from sft.recipe import Recipe

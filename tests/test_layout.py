@@ -105,3 +105,12 @@ def test_readme_commands_are_what_ci_runs():
 def test_examples_in_docstrings_are_true(path):
     result = doctest.testmod(importlib.import_module(module_name(path)))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_no_file_of_the_rooms_is_longer_than_400_lines_and_no_function_than_50():
+    for path in (ROOT / "sft").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

@@ -71,7 +71,7 @@ def set_up(recipe: Recipe, debug: bool) -> None:
         datasets.disable_progress_bars()
     if recipe.dataset.num_proc:
         os.environ["RAYON_NUM_THREADS"] = str(recipe.dataset.num_proc)  # read when the tokenizer first uses threads
-    transformers.set_seed(int(recipe.training_args.get("seed", 42)))
+    transformers.set_seed(recipe.seed)
 
 
 def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from sft.data.splits import prepare
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
-from sft.model.machine import check_machine, use_cpu
+from sft.model.machine import check_machine, local_device
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
 from sft.results import export, page
@@ -28,7 +27,7 @@ def score_again(recipe: Recipe) -> int:
     data = prepare(recipe, tokenizer, scoring_only=True)
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
-    device = "cpu" if use_cpu(recipe) else torch.device("cuda" if torch.cuda.is_available() else "mps")
+    device = local_device(recipe)
     base: Any = load_model(recipe, training=False)
     if not recipe.quantization_config:
         base.to(device)
@@ -40,7 +39,7 @@ def score_again(recipe: Recipe) -> int:
         model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
         digest = export.weights_digest(recipe, Path(chosen))
         models = [EvaluatedModel("base", model, False, base_name), EvaluatedModel("tuned", model, True, digest)]
-    elif final.is_dir() and recipe.lora_config is None:
+    elif final.is_dir() and recipe.trains_all_weights:
         tuned: Any = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype)
         tuned.to(device)
         digest = export.weights_digest(recipe, final)

@@ -124,7 +124,7 @@ def _hold_out(train: Split, name: str, share: float, recipe: Recipe) -> Split:
     """
     hashes = train.rows.hashes
     count = max(1, round(len(hashes) * share))
-    seed = f"{int(recipe.training_args.get('seed', 42))}:{name}"
+    seed = f"{recipe.seed}:{name}"
     salt = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
     mixed = (hashes[train.chosen].astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(32)  # Fibonacci hashing
@@ -147,8 +147,7 @@ def _apply_weights(train: Split, recipe: Recipe) -> None:
         return
     weights = weights[train.chosen]
     times = np.floor(weights).astype(np.int64)
-    seed = int(recipe.training_args.get("seed", 42))
-    times += np.random.default_rng(seed).random(len(weights)) < weights - times
+    times += np.random.default_rng(recipe.seed).random(len(weights)) < weights - times
     train.chosen = np.repeat(train.chosen, times)
     if not len(train.chosen):
         raise recipe.error("dataset.train", "its weights leave no row; raise them")

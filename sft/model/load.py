@@ -5,26 +5,24 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
-from sft.model.machine import check_machine, default_dtype, use_cpu
-from sft.model.source import find_model, first_line, local_or_hub
+from sft.model.machine import check_machine, default_dtype, local_device, named_dtype
+from sft.model.source import find_model, first_line, local_or_hub, source_options
 from sft.recipe import Recipe
 
 
 def load_config(recipe: Recipe) -> transformers.PretrainedConfig:
     """Raises: RecipeError: the model's configuration is not known to transformers."""
-    reach = find_model(recipe.model_name_or_path, recipe)
-    options = {k: v for k, v in recipe.model_init.items() if k in ("revision", "trust_remote_code", "cache_dir")}
+    options = source_options(recipe)
     try:
-        return AutoConfig.from_pretrained(local_or_hub(recipe.model_name_or_path), **options, **reach)
+        return AutoConfig.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
     except (OSError, ValueError, KeyError) as error:
         raise recipe.error("model_name_or_path", f"its configuration does not load: {first_line(error)}") from None
 
 
 def checkpoint_dtype(recipe: Recipe) -> torch.dtype:
     """The dtype that a full fine-tuning is saved in: the recipe's model_init.dtype, or that of the base's own files."""
-    named = recipe.model_init.get("dtype")
-    if named not in (None, "auto"):
-        return getattr(torch, named)
+    if (named := named_dtype(recipe)) is not None:
+        return named
     dtype = load_config(recipe).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
@@ -68,9 +66,8 @@ def load_model(recipe: Recipe, quantised: bool = True, training: bool = True) ->
     options = {**recipe.model_init, "dtype": default_dtype(recipe, training), **reach}
     if quantised and recipe.quantization_config:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**recipe.quantization_config)
-        # Quantised weights are made on the device where they stay; with several processes each takes its own.
-        if "device_map" not in options:
-            options["device_map"] = {"": "cpu" if use_cpu(recipe) else _local_device()}
+        # Quantised weights are made on the device where they stay.
+        options.setdefault("device_map", {"": local_device(recipe)})
     elif not quantised:
         options.pop("device_map", None)
     try:
@@ -80,10 +77,6 @@ def load_model(recipe: Recipe, quantised: bool = True, training: bool = True) ->
     model.config.use_cache = False
     _keep_4bit_weights_trainable(model)
     return model
-
-
-def _local_device() -> str:
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "mps"
 
 
 def _keep_4bit_weights_trainable(model: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftMo
         return load_adapter(model, recipe.adapter_name_or_path, recipe, trainable=True)
     if recipe.lora_config is None:
         return model
-    torch.manual_seed(int(recipe.training_args.get("seed", 42)))  # LoRA weights start random
+    torch.manual_seed(recipe.seed)  # LoRA weights start random
     try:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config}))
     except (ValueError, TypeError) as error:

@@ -22,9 +22,17 @@ def use_cpu(recipe: Recipe) -> bool:
     )
 
 
-def trains_all_weights(recipe: Recipe) -> bool:
-    """Full fine-tuning: no LoRA, neither new nor taken up."""
-    return recipe.lora_config is None and recipe.adapter_name_or_path is None
+def local_device(recipe: Recipe) -> str:
+    """Where the weights of this process lie; with several processes each has a GPU of its own."""
+    if use_cpu(recipe):
+        return "cpu"
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "mps"
+
+
+def named_dtype(recipe: Recipe) -> torch.dtype | None:
+    """model_init.dtype; None: the recipe names none, or leaves it open."""
+    name = recipe.model_init.get("dtype")
+    return None if name in (None, "auto") else getattr(torch, name)
 
 
 def fast_dtype(recipe: Recipe) -> torch.dtype:
@@ -40,10 +48,8 @@ def default_dtype(recipe: Recipe, training: bool = True) -> torch.dtype:
     Weights that all train are float32, under autocast: a step at a learning rate of 2e-5 is smaller than what
     bfloat16 weights can tell apart, and most of it would be lost. Frozen weights have the machine's fast dtype.
     """
-    named = recipe.model_init.get("dtype")
-    if named not in (None, "auto"):
-        return getattr(torch, named)
-    return torch.float32 if training and trains_all_weights(recipe) else fast_dtype(recipe)
+    by_method = torch.float32 if training and recipe.trains_all_weights else fast_dtype(recipe)
+    return named_dtype(recipe) or by_method
 
 
 def autocast_dtype(recipe: Recipe) -> torch.dtype | None:

@@ -45,6 +45,16 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
     return {}
 
 
+def source_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments for the from_pretrained of what lies beside the weights: configuration and tokenizer.
+
+    Raises: RecipeError: as `find_model`.
+    """
+    reach = find_model(recipe.model_name_or_path, recipe)
+    keys = ("revision", "trust_remote_code", "cache_dir")
+    return {key: value for key, value in recipe.model_init.items() if key in keys} | reach
+
+
 def _what(key: str) -> str:
     return "an adapter" if key == "adapter_name_or_path" else "a model"
 

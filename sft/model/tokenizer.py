@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
-from sft.model.source import find_model, first_line, local_or_hub
+from sft.model.source import first_line, local_or_hub, source_options
 from sft.recipe import Recipe
 
 
@@ -15,10 +15,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises: RecipeError: it is not there, or it has no chat template.
     """
-    reach = find_model(recipe.model_name_or_path, recipe)
-    options = {k: v for k, v in recipe.model_init.items() if k in ("revision", "trust_remote_code", "cache_dir")}
+    options = source_options(recipe)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(recipe.model_name_or_path), **options, **reach)
+        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise recipe.error("model_name_or_path", f"its tokenizer does not load: {first_line(error)}") from None
     if recipe.chat.template is not None:

@@ -135,6 +135,15 @@ class Recipe:
     export: ExportOptions = ExportOptions()
     places: dict[str, Item] = field(default_factory=dict, compare=False, repr=False)  # flat key -> as written
 
+    @property
+    def seed(self) -> int:
+        return int(self.training_args.get("seed", 42))  # transformers' own default
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Full fine-tuning: no LoRA, neither new nor taken up."""
+        return self.lora_config is None and self.adapter_name_or_path is None
+
     def error(self, key: str, message: str) -> RecipeError:
         """The error for a problem found later, e.g. `recipes/x.yaml:7: dataset.train: no such file; ...`.
 

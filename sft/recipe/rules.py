@@ -34,7 +34,7 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
         yield "quantization_config", "asks for 4 bits and for 8 bits; choose one"
     if not any(quantization.get(flag) for flag in LOAD_IN):
         yield "quantization_config", "quantises nothing; add load_in_4bit: true or load_in_8bit: true"
-    if recipe.lora_config is None and recipe.adapter_name_or_path is None:
+    if recipe.trains_all_weights:
         yield (
             "quantization_config",
             "quantised weights cannot be trained, only LoRA weights beside them; turn LoRA on, or quantisation off",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.splits import Data
 from sft.errors import ModelError
-from sft.model.machine import autocast_dtype, trains_all_weights
+from sft.model.machine import autocast_dtype
 from sft.recipe import Recipe
 
 Pieces = list[tuple[str, bool]]  # (text, does it carry loss), in order
@@ -65,7 +65,7 @@ def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False
     total = sum(p.numel() for p in model.parameters())
     autocast = autocast_dtype(recipe)
     compute_width = min(autocast.itemsize, width) if autocast else width
-    copied = compute_width if trains_all_weights(recipe) and compute_width < width else 0
+    copied = compute_width if recipe.trains_all_weights and compute_width < width else 0
     weights, unpacked = total * (width + copied), 0
     if quantised.get("load_in_4bit"):
         scale = 1 + 4 / 256 if quantised.get("bnb_4bit_use_double_quant") else 4
@@ -75,7 +75,7 @@ def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False
     if quantised:
         weights += (total - sum(linear)) * width
 
-    trained, lora = trained_weights(recipe, model), bool(recipe.lora_config or recipe.adapter_name_or_path)
+    trained, lora = trained_weights(recipe, model), not recipe.trains_all_weights
     each = (2 if quantised else 4) if lora else width
     moments = 2 if "8bit" in str(args.get("optim", "")) else 2 * each
     train = trained * (each + moments + (each if lora else 0))
@@ -183,7 +183,7 @@ def check_disk(recipe: Recipe, weights: int, trained: int, steps_to_do: int) -> 
     )
     if limit := args.get("save_total_limit"):
         count = min(count, limit + 1)  # a new one is written before the oldest goes
-    lora = trained * 4 if recipe.lora_config or recipe.adapter_name_or_path else 0
+    lora = 0 if recipe.trains_all_weights else trained * 4
     need = each * count + lora + (weights * 2 if recipe.export.merge or not lora else 0)
     folder = next(p for p in [recipe.output_dir, *recipe.output_dir.absolute().parents] if p.exists())
     free = shutil.disk_usage(folder).free

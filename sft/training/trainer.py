@@ -130,18 +130,16 @@ def _check_optional_packages(recipe: Recipe) -> None:
     """Raises: RecipeError: a setting needs a package that is not installed."""
     args = recipe.training_args
     reporters = args.get("report_to") or []
-    wanted = [
+    needed = [
         ("training_args.report_to", name, REPORTERS[name], '"swanlab<0.8"' if name == "swanlab" else REPORTERS[name])
         for name in ([reporters] if isinstance(reporters, str) else reporters)  # swanlab 0.10 fails in transformers 5
         if name in REPORTERS
     ]
     if args.get("use_liger_kernel"):
-        wanted.append(("training_args.use_liger_kernel", "liger", "liger_kernel", "liger-kernel"))
+        needed.append(("training_args.use_liger_kernel", "liger", "liger_kernel", "liger-kernel"))
     if args.get("deepspeed"):
-        wanted.append(("training_args.deepspeed", "deepspeed", "deepspeed", "deepspeed"))
-    if recipe.model_init.get("use_kernels"):
-        wanted.append(("model_init.use_kernels", "kernels", "kernels", "kernels"))
-    for key, name, module, package in wanted:
+        needed.append(("training_args.deepspeed", "deepspeed", "deepspeed", "deepspeed"))
+    for key, name, module, package in needed:
         if importlib.util.find_spec(module) is None:
             raise recipe.error(key, f"{name} is not installed; run: pip install {package}")
 

@@ -64,7 +64,7 @@ class DatasetOptions:
         "error", "rows that spell a control token, e.g. <|im_end|>"
     )
     max_lost: float = option(0.05, "share of rows that may be skipped, dropped or trimmed", minimum=0, maximum=1)
-    packing: bool = option(True, "several conversations in one row of max_length; they never see each other")
+    packing: bool = option(True, "several conversations in one row of max_length; not for every model, see README")
     num_proc: int | None = option(None, "threads that tokenise; null: one a core", minimum=1)
     streaming: bool = option(False, "tokenise while training; needs training_args.max_steps, packing: false")
 

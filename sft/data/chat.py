@@ -1,8 +1,8 @@
 """Messages -> input_ids and the token ranges that carry loss, by one rule for every model family.
 
 The text is the model's own chat template over the whole conversation; its ids are the tokenizer's own. All of an
-assistant turn between its header and the end of its stop token is supervised (template.py finds both), also what the
-template inserts there (Qwen3's empty `<think>` block), since the model must write it. Nothing else is.
+assistant turn between its header and the end of its stop token is supervised (answer_spans.py finds both), also what
+the template inserts there (Qwen3's empty `<think>` block), since the model must write it. Nothing else is.
 
 Locating turns in the text is slow (four renderings a turn), so a shape of conversation (its roles, say) is located
 once, and from then on its turns are read off the ids (turn_reader.py).
@@ -21,9 +21,9 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from sft.data.answer_spans import ChatTemplate, locate_turns, tokens_around_messages
 from sft.data.control_tokens import ControlTokens, added_token_pattern
 from sft.data.conversation import Conversation, Message, Tools
-from sft.data.template import ChatTemplate, locate_turns, tokens_around_messages
 from sft.data.turn_reader import Shape, Turn, TurnReader
 from sft.errors import ControlTokenError, FormatError, ModelError
 

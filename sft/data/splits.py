@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sft.data.bad_rows import refuse_losses, refuse_problems
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation
 from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack
-from sft.data.policies import refuse_losses, refuse_problems
 from sft.data.rows import expand, load_formats, read_rows, to_conversation
 from sft.data.token_rows import Split, TokenRows
 from sft.data.tokens import FileTokeniser, TokenFile, tokenise_file

@@ -2,7 +2,7 @@
 
 Each file is tokenised once and kept, memory-mapped, in a cache whose key is its content, the tokenizer, the template
 and the options that matter; the policies of the recipe (error, skip, drop) are applied to what the cache says
-(policies.py), so a change of policy costs nothing. With several processes the first does the work and the others wait.
+(bad_rows.py), so a change of policy costs nothing. With several processes the first does the work and the others wait.
 """
 
 import hashlib

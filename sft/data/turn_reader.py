@@ -1,7 +1,7 @@
 """The fast path of encoding: answers read off the ids of many rows at once, from the header's ids to the next stop id.
 
 That is exact because neither can come from content (control_tokens.py), and it is used only where the number of
-headers found is the number of turns, and where the careful way (template.py) gave the same for another row of this
+headers found is the number of turns, and where the careful way (answer_spans.py) gave the same for another row of this
 shape.
 """
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from sft.data.answer_spans import Render, common_length
 from sft.data.control_tokens import PRIVATE_USE, ControlTokens
 from sft.data.conversation import Conversation, assistant_turns
-from sft.data.template import Render, common_length
 from sft.errors import FormatError
 
 Shape = tuple[object, ...]  # what a template may branch on: roles, keys, tools, reasoning

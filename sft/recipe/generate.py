@@ -1,4 +1,4 @@
-"""Writes the two files that repeat what the dataclasses of recipe.py and the pinned libraries say:
+"""Writes the two files that repeat what the dataclasses of keys.py and the pinned libraries say:
 
     python -m sft.recipe.generate
 
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from sft.recipe.class_schema import annotation_schema, full_schema, our_keys
-from sft.recipe.recipe import Recipe, Source, Sources
+from sft.recipe.keys import Recipe, Source, Sources
 from sft.recipe.schema import ROOT, SCHEMA_FILE
 
 README = ROOT / "README.md"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import RecipeError
+from sft.recipe.keys import DatasetOptions, EvaluationOptions, Recipe, Source, Sources, SourcesOrShare
 from sft.recipe.layouts import is_nested, layout_schema, to_flat
 from sft.recipe.reader import Item, Reader, child_key
-from sft.recipe.recipe import DatasetOptions, EvaluationOptions, Recipe, Source, Sources, SourcesOrShare
 from sft.recipe.rules import LOAD_IN, contradictions
 from sft.recipe.schema import point_to_other_sections, problems_of, recipe_schema
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sft.recipe.keys import Recipe
 from sft.recipe.reader import spell
-from sft.recipe.recipe import Recipe
 
 Problem = tuple[str, str]  # a key in the flat layout; what is wrong with it, and what to do
 

@@ -11,7 +11,7 @@ import sft.recipe.schema
 from sft.recipe import Recipe, load_recipe
 from sft.recipe.class_schema import LIBRARY_KEYS, our_schema
 from sft.recipe.generate import BEGIN, END, README, keys_yaml, readme_text, schema_text
-from sft.recipe.recipe import Source, option
+from sft.recipe.keys import Source, option
 from sft.recipe.schema import SCHEMA_FILE
 
 SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))

@@ -24,18 +24,19 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             which begins after the last response template.
         mlm: must be False; it is here because the class had it.
         ignore_index: the label that carries no loss.
-        padding_free: put the rows one after another in one, with `position_ids` that restart, instead of padding.
-        pad_to_multiple_of: pad the longest row up to a multiple of this; not with `padding_free`.
+        padding_free: put the rows one after another into one instead of padding them.
+        pad_to_multiple_of: pad the longest row, or the one row, up to a multiple of this.
 
-    Returns: input_ids, labels, attention_mask: int64, (rows, longest row). With `padding_free`: input_ids, labels,
-    position_ids: int64, (1, all tokens), cu_seq_lens_q/k: int32, (1, rows + 1), max_length_q/k: int64, (1,). Rows
-    that are packed (`seq_lengths`) give input_ids, labels, position_ids: int64, (rows, longest row), without an
-    attention mask, which would let one conversation attend to another (see sft/data/dataset.py).
+    Returns: input_ids, labels, attention_mask: int64, (rows, longest row). With `padding_free`, or of rows that are
+    packed (`seq_lengths`), one row of all conversations, without an attention mask, by which they would see each
+    other: input_ids, labels, position_ids: int64, (1, all tokens); cu_seq_lens_q/k: int32, (conversations + 1,);
+    max_length_q/k: int, tokens of the longest conversation; seq_idx: int32, (1, all tokens), the conversation's number.
 
     Warns: UserWarning: a row of bare ids has none of a template; it gets no loss.
     Raises: UserError: neither mask nor response template; an empty template; mlm.
 
-    Source: label rule and keys of trl<=0.19 DataCollatorForCompletionOnlyLM (gone in trl 0.20, huggingface/trl#3704).
+    Source: label rule of trl<=0.19 DataCollatorForCompletionOnlyLM (gone in trl 0.20, huggingface/trl#3704); keys of
+    trl 1.16 DataCollatorForLanguageModeling(padding_free=True).
     """
 
     def __init__(
@@ -72,55 +73,70 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
             self.tokenizer.encode(template, add_special_tokens=False) if isinstance(template, str) else list(template)
         )
 
-    def torch_call(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def torch_call(self, examples: Sequence[Any]) -> dict[str, Any]:
         rows = [_as_row(example) for example in examples]
         labels = [self._labels(row) for row in rows]
-        if self.padding_free:
-            return self._flattened(rows, labels)
+        if self.padding_free or any("seq_lengths" in row for row in rows):
+            return self._in_one_row(rows, labels)
         width = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
             width += -width % self.pad_to_multiple_of
         left = self.tokenizer.padding_side == "left"
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None and any(len(row["input_ids"]) < width for row in rows):
-            raise UserError("rows of unequal length need a pad token, and the tokenizer has none")
+        pad_id = self._pad_id() if any(len(row["input_ids"]) < width for row in rows) else 0
 
         def padded(values: list[list[int]], filler: int) -> torch.Tensor:
             fill = [[filler] * (width - len(value)) for value in values]
             return torch.tensor([f + v if left else v + f for v, f in zip(values, fill, strict=True)], dtype=torch.long)
 
-        batch = {"input_ids": padded([row["input_ids"] for row in rows], pad_id or 0)}
+        batch = {"input_ids": padded([row["input_ids"] for row in rows], pad_id)}
         batch["labels"] = padded(labels, self.ignore_index)
-        if any("seq_lengths" in row for row in rows):
-            # Positions restart with each conversation and again in the padding; by them transformers keeps rows apart.
-            positions = []
-            for row in rows:
-                lengths, padding = _conversation_lengths(row), [width - len(row["input_ids"])]
-                positions.append(_positions(padding + lengths if left else lengths + padding))
-            batch["position_ids"] = torch.tensor(positions, dtype=torch.long)
-        else:
-            batch["attention_mask"] = padded(
-                [row.get("attention_mask", [1] * len(row["input_ids"])) for row in rows], 0
-            )
+        batch["attention_mask"] = padded([row.get("attention_mask", [1] * len(row["input_ids"])) for row in rows], 0)
         return batch
 
-    def _flattened(self, rows: list[dict[str, Any]], labels: list[list[int]]) -> dict[str, Any]:
-        lengths = [n for row in rows for n in _conversation_lengths(row)]
-        flat = [label for row in labels for label in row]
-        at = 0
-        for length in lengths:
-            flat[at] = self.ignore_index  # nothing of another conversation predicts a first token
-            at += length
-        ends = torch.tensor([[0, *lengths]]).cumsum(1, dtype=torch.int32)
+    def _in_one_row(self, rows: list[dict[str, Any]], labels: list[list[int]]) -> dict[str, Any]:
+        """Conversations one after another, and where each begins, for attention of every kind to keep them apart.
+
+        Conversations of 3 and 2 tokens, padded to a multiple of 4:
+
+            input_ids      [[2, 7, 1, 6, 1, 0, 0, 0]]
+            labels         [[-100, 7, 1, -100, 1, -100, -100, -100]]
+            position_ids   [[0, 1, 2, 0, 1, 0, 1, 2]]     # the padding is a conversation of its own
+            cu_seq_lens_q  [0, 3, 5, 8]                   # tokens before each conversation, and of all
+            seq_idx        [[0, 0, 0, 1, 1, 2, 2, 2]]
+        """
+        ids: list[int] = []
+        flat: list[int] = []
+        lengths: list[int] = []
+        for row, row_labels in zip(rows, labels, strict=True):
+            real = row.get("attention_mask", [1] * len(row["input_ids"]))  # a row may bring its own padding
+            ids += [token for token, kept in zip(row["input_ids"], real, strict=True) if kept]
+            flat += [label for label, kept in zip(row_labels, real, strict=True) if kept]
+            lengths += row["seq_lengths"] if "seq_lengths" in row else [sum(real)]
+        if padding := -len(ids) % (self.pad_to_multiple_of or 1):
+            ids += [self._pad_id()] * padding
+            flat += [self.ignore_index] * padding
+            lengths.append(padding)
+        lengths = [length for length in lengths if length]
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        for start in ends[:-1].tolist():
+            flat[start] = self.ignore_index  # nothing of another conversation predicts a first token
+        number = torch.arange(len(lengths), dtype=torch.int32)
         return {
-            "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+            "input_ids": torch.tensor([ids]),
             "labels": torch.tensor([flat]),
-            "position_ids": torch.tensor([_positions(lengths)]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "cu_seq_lens_q": ends,
             "cu_seq_lens_k": ends,
-            "max_length_q": torch.tensor([max(lengths)]),
-            "max_length_k": torch.tensor([max(lengths)]),
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+            "seq_idx": number.repeat_interleave(torch.tensor(lengths))[None],
         }
+
+    def _pad_id(self) -> int:
+        """Raises: UserError: the tokenizer has no pad token."""
+        if self.tokenizer.pad_token_id is None:
+            raise UserError("rows of unequal length need a pad token, and the tokenizer has none")
+        return self.tokenizer.pad_token_id
 
     # --------------------------------------------------------------------------------------------------- labels
 
@@ -233,7 +249,3 @@ def _as_row(example: Any) -> dict[str, Any]:
 
 def _conversation_lengths(row: dict[str, Any]) -> list[int]:
     return list(row.get("seq_lengths", [len(row["input_ids"])]))
-
-
-def _positions(lengths: Sequence[int]) -> list[int]:
-    return [position for length in lengths for position in range(length)]

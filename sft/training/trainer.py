@@ -19,6 +19,7 @@ from sft.data.splits import Data
 from sft.model.lora import require_trainable
 from sft.model.machine import autocast_dtype, use_cpu
 from sft.recipe import Recipe
+from sft.training.attention import attention_per_conversation, leak_of_packed_rows
 from sft.training.triton_probe import why_triton_fails
 
 # report_to: the module that each of them needs. tensorboard and the others are optional installs.
@@ -80,6 +81,14 @@ class CompletionTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages what num_items_in_batch has summed
         return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with attention_per_conversation(self.model):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with attention_per_conversation(self.model):
+            return super().evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
@@ -151,10 +160,13 @@ def make_trainer(
     data: Data,
     callbacks: list[TrainerCallback] | None = None,
 ) -> CompletionTrainer:
-    """The trainer of a recipe, ready to train."""
+    """The trainer of a recipe, ready to train.
+
+    Raises: RecipeError: rows are packed, and this model would let their conversations see each other.
+    """
     require_trainable(model)
     args = training_config(recipe)
-    return CompletionTrainer(
+    trainer = CompletionTrainer(
         model=model,
         args=args,
         data_collator=DataCollatorForCompletionOnlyLM(tokenizer=tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
@@ -163,6 +175,12 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if recipe.dataset.packing:
+        with trainer.accelerator.autocast():
+            leak = leak_of_packed_rows(trainer.model, trainer.data_collator)
+        if leak:
+            raise recipe.error("dataset.packing", f"{leak}; set dataset.packing: false")
+    return trainer
 
 
 def steps(recipe: Recipe, data: Data) -> int:

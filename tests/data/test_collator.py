@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollator
 
 from sft import DataCollatorForCompletionOnlyLM
 from sft.errors import UserError
@@ -21,6 +22,7 @@ HUMAN, ASSISTANT = "### Human :", "### Assistant :"  # 2 3 4, 2 5 4
 ONE = [2, 3, 4, 6, 2, 5, 4, 7, 1]
 TWO = [2, 3, 4, 6, 2, 5, 4, 7, 8, 1, 2, 3, 4, 9, 2, 5, 4, 10, 8, 1]
 NO = -100
+PACKED = set("input_ids labels position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx".split())
 
 
 @pytest.fixture
@@ -114,10 +116,59 @@ def test_packed_rows_restart_positions_and_have_no_attention_mask(tokenizer):
         {"input_ids": [2, 7, 8, 1], "assistant_mask": [0, 1, 1, 1], "seq_lengths": [4]},
     ]
     batch = masked(tokenizer, rows)
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
-    same(batch["input_ids"], [[2, 7, 1, 6, 10, 1], [2, 7, 8, 1, 0, 0]])
-    same(batch["labels"], [[NO, 7, 1, NO, 10, 1], [NO, 7, 8, 1, NO, NO]])
-    same(batch["position_ids"], [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1]])
+    assert set(batch) == PACKED
+    same(batch["input_ids"], [[2, 7, 1, 6, 10, 1, 2, 7, 8, 1]])
+    same(batch["labels"], [[NO, 7, 1, NO, 10, 1, NO, 7, 8, 1]])
+    same(batch["position_ids"], [[0, 1, 2, 0, 1, 2, 0, 1, 2, 3]])
+
+
+def test_packed_rows_say_where_each_conversation_begins_as_trls_own_collator_does(tokenizer):
+    rows = [
+        {"input_ids": [2, 7, 1, 6, 10], "assistant_mask": [0, 1, 1, 0, 1], "seq_lengths": [3, 2]},
+        {"input_ids": [2, 7, 8, 1], "assistant_mask": [0, 1, 1, 1], "seq_lengths": [4]},
+    ]
+    batch = masked(tokenizer, rows)
+    for side in "qk":
+        same(batch[f"cu_seq_lens_{side}"], [0, 3, 5, 9], torch.int32)
+        assert batch[f"max_length_{side}"] == 4 and type(batch[f"max_length_{side}"]) is int
+    same(batch["seq_idx"], [[0, 0, 0, 1, 1, 2, 2, 2, 2]], torch.int32)
+
+    labelled = [
+        {**rows[0], "labels": [NO, 7, 1, NO, 10]},
+        {**rows[1], "labels": [NO, 7, 8, 1]},
+    ]
+    trls = TrlCollator(pad_token_id=0, padding_free=True)(labelled)
+    assert set(trls) == set(batch)
+    for key, value in trls.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(batch[key])), key
+        assert getattr(value, "dtype", int) == getattr(batch[key], "dtype", int), key
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_of_a_packed_batch_is_a_conversation_of_its_own(tokenizer, side):
+    tokenizer.padding_side = side
+    rows = [{"input_ids": [2, 7, 1, 6, 10], "assistant_mask": [0, 1, 1, 0, 1], "seq_lengths": [3, 2]}]
+    batch = masked(tokenizer, rows, pad_to_multiple_of=4)
+    same(batch["input_ids"], [[2, 7, 1, 6, 10, 0, 0, 0]])
+    same(batch["labels"], [[NO, 7, 1, NO, 10, NO, NO, NO]])
+    same(batch["position_ids"], [[0, 1, 2, 0, 1, 0, 1, 2]])
+    same(batch["cu_seq_lens_q"], [0, 3, 5, 8], torch.int32)
+    same(batch["seq_idx"], [[0, 0, 0, 1, 1, 2, 2, 2]], torch.int32)
+
+
+def test_packed_batch_that_is_a_multiple_already_gets_no_padding(tokenizer):
+    rows = [{"input_ids": [2, 7, 6, 1], "assistant_mask": [0, 1, 0, 1], "seq_lengths": [2, 2]}]
+    batch = masked(tokenizer, rows, pad_to_multiple_of=4)
+    same(batch["input_ids"], [[2, 7, 6, 1]])
+    same(batch["cu_seq_lens_q"], [0, 2, 4], torch.int32)
+
+
+def test_packed_batch_padded_to_a_multiple_needs_a_pad_token(tokenizer):
+    tokenizer.pad_token = None
+    rows = [{"input_ids": [2, 7, 1], "assistant_mask": [0, 1, 1], "seq_lengths": [3]}]
+    same(masked(tokenizer, rows)["input_ids"], [[2, 7, 1]])
+    with pytest.raises(UserError, match="pad token"):
+        masked(tokenizer, rows, pad_to_multiple_of=4)
 
 
 def test_packed_rows_beside_one_that_is_not(tokenizer):
@@ -126,20 +177,20 @@ def test_packed_rows_beside_one_that_is_not(tokenizer):
         {"input_ids": [2, 7], "assistant_mask": [0, 1]},
     ]
     batch = masked(tokenizer, rows)
-    same(batch["labels"], [[NO, 7, NO, 1], [NO, 7, NO, NO]])
-    same(batch["position_ids"], [[0, 1, 0, 1], [0, 1, 0, 1]])
+    same(batch["labels"], [[NO, 7, NO, 1, NO, 7]])
+    same(batch["position_ids"], [[0, 1, 0, 1, 0, 1]])
 
 
-def test_packed_rows_padded_on_the_left(tokenizer):
+def test_packed_rows_lie_the_same_where_padding_is_on_the_left(tokenizer):
     tokenizer.padding_side = "left"
     rows = [
         {"input_ids": [2, 7, 6, 1], "assistant_mask": [0, 1, 0, 1], "seq_lengths": [2, 2]},
         {"input_ids": [2, 7, 1], "assistant_mask": [0, 1, 1], "seq_lengths": [3]},
     ]
     batch = masked(tokenizer, rows)
-    same(batch["input_ids"], [[2, 7, 6, 1], [0, 2, 7, 1]])
-    same(batch["labels"], [[NO, 7, NO, 1], [NO, NO, 7, 1]])
-    same(batch["position_ids"], [[0, 1, 0, 1], [0, 0, 1, 2]])
+    same(batch["input_ids"], [[2, 7, 6, 1, 2, 7, 1]])
+    same(batch["labels"], [[NO, 7, NO, 1, NO, 7, 1]])
+    same(batch["position_ids"], [[0, 1, 0, 1, 0, 1, 2]])
 
 
 def test_padding_free_packed_rows_keep_every_conversation_apart(tokenizer):
@@ -150,7 +201,18 @@ def test_padding_free_packed_rows_keep_every_conversation_apart(tokenizer):
     batch = masked(tokenizer, rows, padding_free=True)
     same(batch["labels"], [[NO, 7, 1, NO, 1, NO, 10]])
     same(batch["position_ids"], [[0, 1, 2, 0, 1, 0, 1]])
-    same(batch["cu_seq_lens_q"], [[0, 3, 5, 7]], torch.int32)
+    same(batch["cu_seq_lens_q"], [0, 3, 5, 7], torch.int32)
+
+
+def test_padding_that_a_row_brings_is_left_out_of_a_padding_free_batch(tokenizer):
+    rows = [
+        {"input_ids": [0, 2, 7, 1, 0], "assistant_mask": [0, 1, 1, 1, 0], "attention_mask": [0, 1, 1, 1, 0]},
+        {"input_ids": [2, 10], "assistant_mask": [0, 1]},
+    ]
+    batch = masked(tokenizer, rows, padding_free=True)
+    same(batch["input_ids"], [[2, 7, 1, 2, 10]])
+    same(batch["labels"], [[NO, 7, 1, NO, 10]])
+    same(batch["cu_seq_lens_q"], [0, 3, 5], torch.int32)
 
 
 # ------------------------------------------------------------------------------------------------ rows that are scanned
@@ -179,15 +241,14 @@ def test_rows_may_be_bare_lists_or_tensors(tokenizer):
 
 def test_padding_free_has_the_keys_and_shapes_of_flash_attention(tokenizer):
     batch = scan(tokenizer, [TWO, ONE], padding_free=True)
-    assert set(batch) == {
-        *("input_ids", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    }
+    assert set(batch) == PACKED
     same(batch["input_ids"], [TWO + ONE])
     same(batch["labels"], [[NO] * 7 + [7, 8, 1] + [NO] * 7 + [10, 8, 1] + [NO] * 7 + [7, 1]])
     same(batch["position_ids"], [[*range(20), *range(9)]])
     for side in "qk":
-        same(batch[f"cu_seq_lens_{side}"], [[0, 20, 29]], torch.int32)
-        same(batch[f"max_length_{side}"], [20])
+        same(batch[f"cu_seq_lens_{side}"], [0, 20, 29], torch.int32)
+        assert batch[f"max_length_{side}"] == 20
+    same(batch["seq_idx"], [[0] * 20 + [1] * 9], torch.int32)
 
 
 def test_padding_to_a_multiple(tokenizer):

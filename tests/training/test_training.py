@@ -3,15 +3,17 @@
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, TrainerCallback
 
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.packing import best_fit, pack
 from sft.data.splits import Data
+from sft.errors import UserError
 from sft.model.load import load_model
 from sft.model.lora import add_lora
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import load_recipe
+from sft.training import attention
 from sft.training.trainer import CompletionTrainer, make_trainer
 
 RECIPE = """
@@ -116,6 +118,50 @@ def test_one_by_eight_accumulated_equals_eight_by_one(recipe):
     start = {name: p for name, p in load_model(recipe()).named_parameters()}
     assert max((weights[0][n] - start[n]).abs().max().item() for n in start) > 1e-4, "the step did something"
     assert max((weights[0][n] - weights[1][n]).abs().max().item() for n in start) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["ours", "trl"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_run_of_packed_rows_makes_the_step_of_the_same_rows_apart(recipe, monkeypatch, path, checkpointing):
+    """Eight conversations, in two rows of one batch: weights and validation loss after a step of plain SGD."""
+    if path == "trl":  # what runs on a GPU
+        monkeypatch.setattr(CompletionTrainer, "_is_plain_loss", False)
+    rows, used, weights, losses = token_rows(), [], [], []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            used.append(model.config._attn_implementation)
+
+    for data in (Data(None, rows, rows), Data(None, pack(rows, 64), pack(rows, 64))):
+        made = recipe(
+            f"training_args.per_device_train_batch_size={len(data.train)}",
+            "training_args.optim=sgd",
+            f"training_args.gradient_checkpointing={checkpointing}",
+            "dataset.validation=unused.jsonl",
+        )
+        model = load_model(made)
+        trainer = make_trainer(made, model, load_tokenizer(made), data, [Look()])
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        assert model.config._attn_implementation == "sdpa"
+    start = {name: p for name, p in load_model(recipe()).named_parameters()}
+    assert used == [attention.NAME, attention.NAME]
+    assert max((weights[0][n] - start[n]).abs().max().item() for n in start) > 1e-4, "the step did something"
+    assert max((weights[0][n] - weights[1][n]).abs().max().item() for n in start) < 1e-5
+    assert abs(losses[0] - losses[1]) < 1e-4
+
+
+def test_packed_rows_of_a_model_that_would_let_them_see_each_other_are_refused(recipe, tiny_qwen, tmp_path):
+    folder = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(vocab_size=151936, hidden_size=16, n_head=2, n_layer=1)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_qwen).save_pretrained(folder)
+    rows = pack(token_rows(), 64)
+    made = recipe(f"model_name_or_path={folder}", "dataset.packing=true")
+    model, tokenizer = load_model(made), load_tokenizer(made)
+    with pytest.raises(UserError, match="BloomForCausalLM lets the conversations of a packed row see each other; set"):
+        make_trainer(made, model, tokenizer, Data(None, rows))
+    make_trainer(recipe(f"model_name_or_path={folder}"), model, tokenizer, Data(None, token_rows()))
 
 
 def test_every_lora_b_trains_in_4_bits_after_an_evaluation(recipe):

@@ -5,6 +5,7 @@ import ctypes
 import logging
 import sys
 
+from sft import processes
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
 
@@ -14,6 +15,7 @@ def train(recipe: Recipe, check: bool) -> int:
     from sft import run
 
     clock = run.Clock()
+    run.join_processes(recipe)
     tokenizer = run.load_tokenizer(recipe)
     meta_model = run.check_model(recipe, tokenizer)
     data = run.prepare_data(recipe, tokenizer)
@@ -22,9 +24,10 @@ def train(recipe: Recipe, check: bool) -> int:
     description = run.describe_run(recipe, data.ledger)
     checkpoint = run.find_checkpoint(recipe, description)
     run.begin_output(recipe, description, data, meta_model)
-    model = run.add_lora(run.load_model(recipe), recipe)
+    model = run.add_lora(run.load_for_training(recipe), recipe)
     clock.lap("load")
     trainer = run.train(recipe, model, tokenizer, data, checkpoint)
+    del model  # the trainer's now, which lets go of it where scoring reads it again
     clock.lap("train")
     run.save(recipe, trainer, tokenizer, data.encoder)
     clock.lap("export")
@@ -77,10 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.score or options.export:
             from sft import verbs
 
-            return verbs.score_again(recipe) if options.score else verbs.export_again(recipe)
-        return train(recipe, options.check)
+            code = verbs.score_again(recipe) if options.score else verbs.export_again(recipe)
+        else:
+            code = train(recipe, options.check)
+        processes.part()
+        return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.tells(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        processes.part(error)
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

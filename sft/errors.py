@@ -4,6 +4,8 @@
 class UserError(Exception):
     """Something in the recipe, the data or the machine is not as it must be: where, what was found, what to do."""
 
+    agreed = False  # whether every process of the run raises it, so that one of them tells it
+
 
 class RecipeError(UserError):
     """A recipe that cannot be run as it stands."""

@@ -1,6 +1,7 @@
 """The steps of a run, as run_sft.py tells them in order."""
 
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -16,27 +17,28 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, prepare
 from sft.errors import UserError
 from sft.files import write_json
-from sft.model.load import check_targets, checkpoint_dtype, load_model, meta_model
+from sft.model.load import check_targets, checkpoint_dtype, load_model, load_trained, meta_model
 from sft.model.lora import add_lora
 from sft.model.machine import check_machine, use_cpu
 from sft.model.source import find_model
 from sft.model.tokenizer import load_tokenizer
+from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import export, page
-from sft.results.evaluation import EvaluatedModel, evaluate_models
+from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
 from sft.results.summary import run_summary
-from sft.training import check, trainer
-from sft.training.resume import find_checkpoint, is_finished
+from sft.training import check, parallel, resume, trainer
 from sft.training.stop import StopAtSignal, Stopped, interrupted
 from sft.training.trainer import CompletionTrainer
 
-__all__ = ["add_lora", "describe_run", "find_checkpoint", "load_model", "load_tokenizer"]
+__all__ = ["add_lora", "describe_run", "load_tokenizer"]
 
 
 class Clock:
@@ -49,16 +51,6 @@ class Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self._begun = round(now - self._begun, 1), now
-
-
-def is_first_process() -> bool:
-    """Whether this is the only process of the run, or the one that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(text: str) -> None:
-    if is_first_process():
-        print(text, flush=True)
 
 
 def set_up(recipe: Recipe, debug: bool) -> None:
@@ -74,6 +66,12 @@ def set_up(recipe: Recipe, debug: bool) -> None:
     transformers.set_seed(recipe.seed)
 
 
+def join_processes(recipe: Recipe) -> None:
+    """Where a launcher started several: sets up their devices, so that from here on they can talk."""
+    if processes.count() > 1:
+        trainer.training_config(recipe)
+
+
 def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Refuses early what would fail late: a missing GPU, target modules that are not there, arguments that clash.
 
@@ -81,6 +79,8 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     """
     check_machine(recipe)
     trainer.training_config(recipe)
+    if line := parallel.gpus_line(recipe):
+        say(line)
     model = meta_model(recipe)
     if model.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
         raise recipe.error("model_name_or_path", "is of ChatGLM's family but not ChatGLM3; use its -hf release")
@@ -92,7 +92,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     """The data of a recipe, and its ledger on the terminal."""
-    data = prepare(recipe, tokenizer)
+    data = processes.agree(lambda: prepare(recipe, tokenizer))
     data.ledger["samples"] = check.samples(data, tokenizer)
     say(ledger_table(data.ledger))
     if recipe.dataset.test is None:
@@ -114,10 +114,17 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
     return 0
 
 
+def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, by what the first process sees. Raises: UserError: see sft/training/resume.py."""
+    return processes.decide(lambda: resume.find_checkpoint(recipe, description))
+
+
 def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> None:
     """Makes output_dir and writes what the run is. Raises: UserError: it cannot be written."""
-    if not is_first_process():
-        return
+    processes.decide(lambda: _begin_output(recipe, description, data, meta_model))
+
+
+def _begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> None:
     say(_disk_line(recipe, meta_model, data))
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
@@ -133,6 +140,12 @@ def _disk_line(recipe: Recipe, meta_model: PreTrainedModel, data: Data) -> str:
     return check.check_disk(recipe, weights, check.trained_weights(recipe, meta_model), trainer.steps(recipe, data))
 
 
+def load_for_training(recipe: Recipe) -> PreTrainedModel:
+    """The base model; with FSDP its weights are read once a machine, with ZeRO-3 each process keeps its part."""
+    args = trainer.training_config(recipe)  # held while the model is read: by it transformers knows of ZeRO-3
+    return load_model(recipe, read_by_first=parallel.is_read_once(args))
+
+
 def train(
     recipe: Recipe,
     model: PreTrainedModel | PeftModel,
@@ -141,9 +154,11 @@ def train(
     checkpoint: Path | None,
 ) -> CompletionTrainer:
     """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
-    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3: all
     say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
-    finished = checkpoint if checkpoint and is_finished(checkpoint, trainer.steps(recipe, data)) else None
+    steps = trainer.steps(recipe, data)
+    done = checkpoint and processes.decide(lambda: resume.is_finished(checkpoint, steps))
+    finished = checkpoint if done else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
     with StopAtSignal() as stop, memory_advice():
@@ -152,10 +167,14 @@ def train(
             trained.take_up(finished)
             return trained
         trained.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.caught is not None and trained.state.global_step < trained.state.max_steps:
-        raise Stopped(str(interrupted(stop.caught, recipe)))
+    if (signal_number := stop.agreed) is not None and trained.state.global_step < trained.state.max_steps:
+        processes.decide(lambda: _stopped(signal_number, recipe))
     trained.save_state()
     return trained
+
+
+def _stopped(signal_number: int, recipe: Recipe) -> None:
+    raise Stopped(str(interrupted(signal_number, recipe)))
 
 
 @contextmanager
@@ -176,27 +195,58 @@ def _device_name() -> str:
 
 
 def save(recipe: Recipe, trained: CompletionTrainer, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder) -> None:
-    """lora_adapter/ and final_model/."""
+    """lora_adapter/ and final_model/: every process adds its part of the weights, and the first does the rest."""
+    folder = export.staging(recipe)
     has_lora = hasattr(trained.accelerator.unwrap_model(trained.model), "peft_config")
-    if not trained.is_world_process_zero():
-        return
+    processes.decide(lambda: shutil.rmtree(folder, ignore_errors=True))
+    if has_lora or trained.is_sharded:
+        processes.agree(lambda: _save_whole(trained, folder))
+    try:
+        processes.decide(lambda: _publish(recipe, trained, tokenizer, encoder, has_lora))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_whole(trained: CompletionTrainer, folder: Path) -> None:
+    try:
+        trained.save_whole(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def _publish(
+    recipe: Recipe,
+    trained: CompletionTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: ChatEncoder,
+    has_lora: bool,
+) -> None:
     if has_lora:
-        say(f"saved {export.save_adapter(recipe, trained.save_model)}")
+        say(f"saved {export.save_adapter(recipe)}")
         if recipe.export.merge:
             say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids)}")
+        return
+    if trained.is_sharded:
+        model: Any = load_trained(recipe, export.staging(recipe))
     else:
-        model: Any = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
-        model.to(checkpoint_dtype(recipe))
-        say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, model)}")
+        model = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
+    model.to(checkpoint_dtype(recipe))
+    say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, model)}")
 
 
 def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
-    """Scores base and tuned on the test split, if there is one."""
-    if not data.test_conversations or not is_first_process():
+    """Scores base and tuned on the test split, if there is one; each process answers its share."""
+    if not data.test_conversations:
         return
+    if trained.is_sharded:
+        trained.free_memory(model=True)
+        with memory_advice():
+            evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe))
+        return
+    trained.free_memory(model=False)
     # Without the autocast that training put around forward: --score, later, has none.
     model: Any = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
-    digest = export.weights_digest(recipe)
+    digest = processes.decide(lambda: export.weights_digest(recipe))
     with memory_advice():
         if hasattr(model, "disable_adapter"):
             base, adapter_on = model, False
@@ -213,7 +263,7 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
 
 def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
     """The page, and the summary on the terminal."""
-    if not is_first_process():
+    if not processes.is_first():
         return
     memory = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": None}
     if torch.cuda.is_available():

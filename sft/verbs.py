@@ -1,53 +1,32 @@
 """What can be done again with a run's folder: --score and --export."""
 
-import json
-from pathlib import Path
-from typing import Any
-
-import transformers
-
+from sft import processes
 from sft.data.splits import prepare
-from sft.model.load import load_model
-from sft.model.lora import load_adapter
-from sft.model.machine import check_machine, local_device
+from sft.model.machine import check_machine
 from sft.model.tokenizer import load_tokenizer
+from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import export, page
-from sft.results.evaluation import EvaluatedModel, evaluate_models
+from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.summary import run_summary
-from sft.run import say
+from sft.run import join_processes
 
 
 def score_again(recipe: Recipe) -> int:
     """--score: the run's own adapter or model, or the one that an override names, on dataset.test."""
     if recipe.dataset.test is None:
         raise recipe.error("dataset", "--score needs dataset.test")
+    join_processes(recipe)
     tokenizer = load_tokenizer(recipe)
     check_machine(recipe)
-    data = prepare(recipe, tokenizer, scoring_only=True)
+    data = processes.agree(lambda: prepare(recipe, tokenizer, scoring_only=True))
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
-    device = local_device(recipe)
-    base: Any = load_model(recipe, training=False)
-    if not recipe.quantization_config:
-        base.to(device)
-    base_name = recipe.model_name_or_path
-    chosen = recipe.adapter_name_or_path
-    if adapter.is_dir() and chosen in (None, _begun_from(recipe)):
-        chosen = str(adapter)  # the run's own, also where it went on from another
-    if chosen:
-        model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
-        digest = export.weights_digest(recipe, Path(chosen))
-        models = [EvaluatedModel("base", model, False, base_name), EvaluatedModel("tuned", model, True, digest)]
-    elif final.is_dir() and recipe.trains_all_weights:
-        tuned: Any = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=base.dtype)
-        tuned.to(device)
-        digest = export.weights_digest(recipe, final)
-        models = [EvaluatedModel("base", base, True, base_name), EvaluatedModel("tuned", tuned, True, digest)]
-    else:
-        say(f"{recipe.output_dir} holds no run: scoring {base_name} alone")
-        models = [EvaluatedModel("base", base, True, base_name)]
+    models = models_on_disk(recipe)
+    if len(models) == 1:
+        say(f"{recipe.output_dir} holds no run: scoring {recipe.model_name_or_path} alone")
     scores = evaluate_models(recipe, data.encoder, data.test_conversations, models)
+    if not processes.is_first():
+        return 0
     if (recipe.output_dir / "training_config.json").is_file():
         page.write_report(recipe.output_dir)
         say(run_summary(recipe.output_dir))
@@ -59,19 +38,13 @@ def score_again(recipe: Recipe) -> int:
     return 0
 
 
-def _begun_from(recipe: Recipe) -> str | None:
-    """The adapter that the run in output_dir went on from."""
-    config = recipe.output_dir / "training_config.json"
-    if not config.is_file():
-        return None
-    return json.loads(config.read_text(encoding="utf-8"))["recipe"]["adapter_name_or_path"]
-
-
 def export_again(recipe: Recipe) -> int:
     """--export: final_model/ from lora_adapter/, once more."""
     adapter = recipe.output_dir / "lora_adapter"
     if not adapter.is_dir():
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
+    if not processes.is_first():
+        return 0  # merging is work for one
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")

@@ -1,5 +1,11 @@
 """The model of a recipe: full or quantised, on a GPU as on a CPU, or without weights."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -55,10 +61,35 @@ def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
             )
 
 
-def load_model(recipe: Recipe, quantised: bool = True, training: bool = True) -> PreTrainedModel:
+# By these transformers' from_pretrained leaves a process of FSDP without weights: the first one hands them out.
+READ_BY_FIRST = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+@contextmanager
+def _read_by_first(is_wanted: bool) -> Iterator[None]:
+    """Whether weights are read by the first process of a machine alone.
+
+    accelerate leaves its variables set for the rest of the run, and a model that is merged or scored must be whole.
+    """
+    before = {name: os.environ.get(name) for name in READ_BY_FIRST}
+    os.environ.update(dict.fromkeys(READ_BY_FIRST, str(is_wanted).lower()))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def load_model(
+    recipe: Recipe, quantised: bool = True, training: bool = True, read_by_first: bool = False
+) -> PreTrainedModel:
     """The base model, quantised as the recipe says.
 
     Args: quantised: False gives the full weights, for merging and export. training: False where no weight will train.
+        read_by_first: for training by FSDP, which hands the weights out; the model of any other process has none yet.
     Raises: RecipeError: it does not load, or it asks for what this machine has not.
     """
     check_machine(recipe)
@@ -71,12 +102,39 @@ def load_model(recipe: Recipe, quantised: bool = True, training: bool = True) ->
     elif not quantised:
         options.pop("device_map", None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
+        if read_by_first and "quantization_config" not in options and os.environ.get("LOCAL_RANK", "0") != "0":
+            model = _without_weights(recipe, options)
+        else:
+            with _read_by_first(False):
+                model = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise recipe.error("model_name_or_path", f"does not load: {first_line(error)}") from None
     model.config.use_cache = False
     _keep_4bit_weights_trainable(model)
     return model
+
+
+def _without_weights(recipe: Recipe, options: dict[str, Any]) -> PreTrainedModel:
+    """The model with its buffers but with memory that nobody has written to for weights: FSDP brings them.
+
+    transformers 5.24 reads the files in every process, whatever these variables say; given no file, it leaves weights
+    on the meta device by them. There they have no address, by which accelerate finds them for the optimizer.
+    """
+    meta: Any = meta_model(recipe)
+    with _read_by_first(True):  # the class itself: its Auto class takes no model without a name
+        model = type(meta).from_pretrained(None, config=meta.config, state_dict={}, **options)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad))
+    model.tie_weights()
+    return model
+
+
+def load_trained(recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """A model that full fine-tuning left in a folder, in the dtype that its base is scored in."""
+    with _read_by_first(False):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=default_dtype(recipe, training=False))
 
 
 def _keep_4bit_weights_trainable(model: PreTrainedModel) -> None:

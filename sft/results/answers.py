@@ -12,6 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation, assistant_turns
 from sft.errors import UserError
@@ -93,18 +94,18 @@ class Answer(TypedDict):
 class Answers:
     """Answers on disk, line by line as they come, so that a run that is cut off goes on where it was.
 
-    The first line is their provenance; a file of another provenance is begun anew.
+    The first line is their provenance; a file of another provenance is begun anew. beside: files of other processes,
+    whose answers are taken up as well, since the next time there may be more processes, or fewer.
     """
 
-    def __init__(self, path: Path, provenance: dict[str, Any]):
+    def __init__(self, path: Path, provenance: dict[str, Any], beside: Iterable[Path] = ()):
         self.path = path
         self.entries: dict[tuple[str, str], Answer] = {}  # by model and key
-        lines = _whole_lines(path)
-        if lines and lines[0] == provenance:
-            self.entries = {(entry["model"], entry["key"]): entry for entry in lines[1:]}
-        else:
-            lines = [provenance]
-        write_json_lines(path, lines)  # without the broken line, and so that no answer can be lost on the way
+        lines = _answer_lines(path, provenance)
+        for entry in (entry for file in (*beside, path) for entry in _answer_lines(file, provenance)):
+            self.entries[entry["model"], entry["key"]] = entry
+        # Without the broken line, and so that no answer can be lost on the way.
+        write_json_lines(path, [provenance, *lines])
         try:
             self._file = open(path, "a", encoding="utf-8", newline="\n")
         except OSError as error:
@@ -125,16 +126,19 @@ class Answers:
         self._file.close()
 
 
-def _whole_lines(path: Path) -> list[Any]:
-    """The JSON lines of a file, up to the one that was being written when a run was cut off."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    values = []
+def _answer_lines(path: Path, provenance: dict[str, Any]) -> list[Answer]:
+    """The answers of a file of this provenance, up to the line that was being written when a run was cut off."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # never begun, or ended by the process that wrote it
+        return []
+    values: list[Any] = []
     for line in text.split("\n"):  # not splitlines: an answer may hold U+2028 and its like
         try:
             values.append(json.loads(line))
         except ValueError:
             break
-    return values
+    return values[1:] if values[:1] == [provenance] else []
 
 
 # ----------------------------------------------------------------------------------------------------- the generation
@@ -184,7 +188,10 @@ def generate_answers(
     """Generates what `answers` does not hold yet: batches of like length, left-padded, the longest first."""
     waiting = sorted((t for t in turns if (name, t.key) not in answers.entries), key=lambda t: -len(t.prompt))
     stops = set(config.eos_token_id)
-    bar = tqdm(total=len(turns), initial=len(turns) - len(waiting), desc=f"Answers ({name})", disable=None, leave=False)
+    hidden = None if processes.is_first() else True  # None: where nobody looks; all shares are as long as the first
+    bar = tqdm(
+        total=len(turns), initial=len(turns) - len(waiting), desc=f"Answers ({name})", disable=hidden, leave=False
+    )
     while waiting:
         batch = waiting[:batch_size]
         try:

@@ -5,16 +5,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation, assistant_turns
 from sft.errors import DataError
 from sft.files import write_json, write_json_lines
+from sft.model.load import load_model, load_trained
+from sft.model.lora import load_adapter
+from sft.model.machine import local_device
 from sft.recipe import Recipe
 from sft.results.answers import (
     Answers,
@@ -26,6 +31,7 @@ from sft.results.answers import (
     list_turns,
     stop_ids,
 )
+from sft.results.export import weights_digest
 from sft.results.run_folder import Prediction
 from sft.results.scores import Columns, ModelName, Scores, load_metric, score_answers
 
@@ -51,6 +57,8 @@ def evaluate_models(
 ) -> Scores:
     """Writes predictions.jsonl and scores.json. conversations: of the test split, each with its "file:line".
 
+    Each process answers a share of the conversations, and the first puts them together.
+
     Raises: DataError: nothing to score.
     """
     options = recipe.evaluation
@@ -62,28 +70,93 @@ def evaluate_models(
     stops = sorted(set().union(*(stop_ids(each.model, encoder) for each in models)))
     config = generation_config(recipe, encoder.tokenizer, stops)
     needed = {column for name in options.metrics for column in load_metric(name).features}
-    columns: dict[ModelName, Columns] = {}
-    working_file = recipe.output_dir / "predictions.partial.jsonl"
-    with closing(Answers(working_file, _provenance(recipe, stops, turns, models))) as answers:
+    own = _own_share(turns)
+    own_columns: dict[ModelName, Columns] = {}
+    number = f".{processes.rank()}" if processes.rank() else ""
+    working_file = recipe.output_dir / f"predictions.partial{number}.jsonl"
+    others = [path for path in recipe.output_dir.glob("predictions.partial*.jsonl") if path != working_file]
+    with closing(Answers(working_file, _provenance(recipe, stops, turns, models), others)) as answers:
         for each in models:
             with generation_mode(each.model, each.adapter_on):
-                generate_answers(each.model, encoder, turns, answers, each.name, config, options.batch_size)
-                columns[each.name] = _answer_columns(answers, each.name, turns)
-                if needed - {"references", *ANSWER_COLUMNS}:
-                    losses = reference_losses(each.model, encoder, turns, options.batch_size)
-                    columns[each.name] = {**columns[each.name], **losses}
+                generate_answers(each.model, encoder, own, answers, each.name, config, options.batch_size)
+                own_columns[each.name] = _answer_columns(answers, each.name, own)
+                if own and needed - {"references", *ANSWER_COLUMNS}:
+                    losses = reference_losses(each.model, encoder, own, options.batch_size)
+                    own_columns[each.name] = {**own_columns[each.name], **losses}
+    columns = _gathered(own, own_columns, turns)
+    scores = processes.decide(lambda: _write_scores(recipe, turns, columns))
+    for path in (working_file, *others):
+        path.unlink(missing_ok=True)
+    return scores
+
+
+def _own_share(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns that this process answers: whole conversations, shared out by their longest prompts."""
+    longest: dict[str, int] = {}  # prompt of each conversation: what its answers cost
+    for turn in turns:
+        longest[turn.place] = max(longest.get(turn.place, 0), len(turn.prompt))
+    places = set(processes.share(sorted(longest, key=lambda place: -longest[place])))
+    return [turn for turn in turns if turn.place in places]
+
+
+def _gathered(
+    own: Sequence[Turn], own_columns: dict[ModelName, Columns], turns: Sequence[Turn]
+) -> dict[ModelName, Columns]:
+    """The columns of all processes, in the order of `turns`. own_columns: with one value for each of `own`."""
+    values: dict[tuple[ModelName, str], dict[str, Any]] = {}  # by model and column: turn -> value
+    for keys, columns in processes.gather(([turn.key for turn in own], own_columns)):
+        for name, part in columns.items():
+            for column, entries in part.items():
+                values.setdefault((name, column), {}).update(zip(keys, entries, strict=True))
+    gathered: dict[ModelName, Columns] = {}
+    for (name, column), by_key in values.items():
+        gathered[name] = {**gathered.get(name, {}), column: [by_key[turn.key] for turn in turns]}
+    return gathered
+
+
+def _write_scores(recipe: Recipe, turns: Sequence[Turn], columns: Mapping[ModelName, Columns]) -> Scores:
     scores = score_answers(
         [turn.reference for turn in turns],
         columns.get("base"),
         columns.get("tuned"),
-        options.metrics,
-        language=options.language,
+        recipe.evaluation.metrics,
+        language=recipe.evaluation.language,
         conversations=[turn.place for turn in turns],
     )
     write_json_lines(recipe.output_dir / "predictions.jsonl", _predictions(turns, columns))
     write_json(recipe.output_dir / "scores.json", scores)
-    working_file.unlink()
     return scores
+
+
+def models_on_disk(recipe: Recipe) -> list[EvaluatedModel]:
+    """Base and tuned: of the run in output_dir, or what an override names; the base alone where there is no run."""
+    adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
+    device = local_device(recipe)
+    base: Any = load_model(recipe, training=False)
+    if not recipe.quantization_config:
+        base.to(device)
+    base_name = recipe.model_name_or_path
+    chosen = recipe.adapter_name_or_path
+    if adapter.is_dir() and chosen in (None, _begun_from(recipe)):
+        chosen = str(adapter)  # the run's own, also where it went on from another
+    if chosen:
+        model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
+        digest = processes.decide(lambda: weights_digest(recipe, Path(chosen)))
+        return [EvaluatedModel("base", model, False, base_name), EvaluatedModel("tuned", model, True, digest)]
+    if final.is_dir() and recipe.trains_all_weights:
+        tuned: Any = load_trained(recipe, final)
+        tuned.to(device)
+        digest = processes.decide(lambda: weights_digest(recipe, final))
+        return [EvaluatedModel("base", base, True, base_name), EvaluatedModel("tuned", tuned, True, digest)]
+    return [EvaluatedModel("base", base, True, base_name)]
+
+
+def _begun_from(recipe: Recipe) -> str | None:
+    """The adapter that the run in output_dir went on from."""
+    config = recipe.output_dir / "training_config.json"
+    if not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8"))["recipe"]["adapter_name_or_path"]
 
 
 def _provenance(
@@ -140,7 +213,8 @@ def reference_losses(
     rows = [(place, c, encoder.encode(c.messages, c.tools)) for place, c in conversations.items()]
     rows.sort(key=lambda row: -len(row[2].input_ids))
     pad = encoder.tokenizer.pad_token_id or 0
-    bar = tqdm(total=len(rows), desc="References", disable=None, leave=False)
+    hidden = None if processes.is_first() else True
+    bar = tqdm(total=len(rows), desc="References", disable=hidden, leave=False)
     while rows:
         size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][2].input_ids)))
         batch, rows = rows[:size], rows[size:]

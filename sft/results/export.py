@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sft import processes
 from sft.data.ledger import Ledger
 from sft.errors import UserError
 from sft.files import whole_folder
@@ -32,6 +33,7 @@ def describe_run(recipe: Recipe, ledger: Ledger) -> dict[str, Any]:
         "data": {file["path"]: file.get("sha256") for file in ledger["files"] if file["split"] != "test"},
         "versions": versions | {"python": platform.python_version()},
         "commit": _commit(),
+        "processes": processes.count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
@@ -61,12 +63,18 @@ def output_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder} cannot be written: {error}") from None
 
 
-def save_adapter(recipe: Recipe, save_model: Callable[[str], None]) -> Path:
-    """lora_adapter/: what `peft.PeftModel.from_pretrained` loads. save_model: the trainer's own, which knows FSDP."""
+def staging(recipe: Recipe) -> Path:
+    """Where all processes put the trained weights together; what comes of them is made from there."""
+    return recipe.output_dir / ".trained.partial"
+
+
+def save_adapter(recipe: Recipe) -> Path:
+    """lora_adapter/: what `peft.PeftModel.from_pretrained` loads, from the staging folder."""
     adapter = recipe.output_dir / "lora_adapter"
     with output_folder(adapter) as folder:
-        save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; training_config.json says it all
+        for file in staging(recipe).iterdir():
+            if file.name != "training_args.bin":  # a pickle; training_config.json says it all
+                shutil.move(file, folder)
     return adapter
 
 

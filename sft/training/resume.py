@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerState
 
 from sft.recipe import Recipe
+from sft.training import parallel
 
 # A checkpoint may be resumed under other values of these; anything else would make it another run.
 FREE_ON_RESUME = re.compile(
@@ -82,7 +83,14 @@ def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path)
             "resume_from_checkpoint", f"{left} cannot be read; it should say what made {chosen}"
         ) from None
     old, new = _flat(before.get("recipe", {})), _flat(description["recipe"])
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not FREE_ON_RESUME.match(k))
+    keys = {key for key in old.keys() | new.keys() if not FREE_ON_RESUME.match(key)}
+    had = before.get("processes") or len(list(chosen.glob("rng_state_*.pth"))) or 1
+    parallel.refuse_other_sharding(recipe, chosen)
+    if had != description["processes"]:
+        parallel.refuse_other_steps(recipe, chosen, (old, had), (new, description["processes"]))
+    if parallel.rows_a_step(old, had) == parallel.rows_a_step(new, description["processes"]):
+        keys -= parallel.ROWS_OF_PROCESS.keys()  # how a step's rows are shared out changes neither them nor their order
+    changed = sorted(key for key in keys if old.get(key) != new.get(key))
     differences = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed]
     if not changed and before.get("data") != description["data"]:
         differences = ["the training data has another content"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sft import processes
 from sft.errors import UserError
 from sft.recipe import Recipe
 from sft.training.resume import checkpoints
@@ -18,10 +19,14 @@ class Stopped(UserError):
 
 
 class StopAtSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM ends the step at hand, saves a checkpoint and stops; a second one stops at once."""
+    """On Ctrl-C or SIGTERM ends the step at hand, saves a checkpoint and stops; a second one stops at once.
+
+    A signal may reach one process of several, and a checkpoint takes all of them: so they ask each other every step.
+    """
 
     def __init__(self) -> None:
-        self.caught: int | None = None
+        self.caught: int | None = None  # the signal that came here
+        self.agreed: int | None = None  # the signal that came anywhere, once all know
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopAtSignal":
@@ -38,12 +43,13 @@ class StopAtSignal(TrainerCallback):
         if self.caught is not None:
             raise KeyboardInterrupt
         self.caught = number
-        print("\nStopping after this step; once more to stop at once.", flush=True)
+        processes.say("\nStopping after this step; once more to stop at once.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.caught is not None:
+        self.agreed = processes.highest(self.caught or 0) or None
+        if self.agreed is not None:
             control.should_save = control.should_training_stop = True
         return control
 

@@ -1,24 +1,30 @@
 """Training with TRL's SFTTrainer; the only file that knows it."""
 
+import gc
 import importlib.util
 import inspect
 import math
-import os
+import shutil
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
+from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.model.lora import require_trainable
 from sft.model.machine import autocast_dtype, use_cpu
 from sft.recipe import Recipe
+from sft.training import parallel
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
 from sft.training.triton_probe import why_triton_fails
 
@@ -35,6 +41,20 @@ REPORTERS = {
     "dvclive": "dvclive",
     "codecarbon": "codecarbon",
 }
+
+
+# What a checkpoint of DeepSpeed has beside the weights and the tokenizer.
+NO_WEIGHTS = ("global_step*", "*.pt*", "zero_*", "latest", "trainer_state.json")
+
+
+class RowCountingCollator:
+    """The collator, and beside its batch the tokens of each row, since packed rows come out as a single one."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.collate(rows), "row_tokens": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 
 class CompletionTrainer(SFTTrainer):
@@ -82,6 +102,49 @@ class CompletionTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages what num_items_in_batch has summed
         return loss
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        inputs = self._without_repeats(inputs)
+        step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        supervised = (inputs["labels"][:, 1:] != -100).sum()
+        if step[0] is not None:
+            self._evaluated += torch.stack([step[0] * supervised, supervised]).cpu()
+        return step
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss over all supervised tokens; transformers' own is a mean of batches, another for each batch size."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses, tokens
+        output = super().evaluation_loop(*args, **kwargs)
+        loss_sum, tokens = (sum(values) for values in zip(*processes.gather(self._evaluated.tolist()), strict=True))
+        metrics = output.metrics or {}
+        metrics.update({name: loss_sum / tokens for name in metrics if name.endswith("_loss") and tokens})
+        return output
+
+    def _without_repeats(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Takes the labels from rows that are in an epoch's last batches a second time.
+
+        accelerate fills these up with the epoch's first rows, so that each process has as many: 5 rows in batches of 2
+        are [a b] [c d] for two processes, then [e a] [b c]; of the last four the first one counts. (Its own count of
+        them, gradient_state.remainder, is wrong in an epoch that is taken up in its middle: seen with 1.15.)
+        """
+        row_tokens = batch.pop("row_tokens")
+        count, loader = self.accelerator.num_processes, self.accelerator.gradient_state.active_dataloader
+        fills_up = count > 1 and isinstance(loader, DataLoaderShard) and not self.args.dataloader_drop_last
+        if not fills_up or not loader.end_of_dataloader or self.accelerator.parallelism_config is not None:
+            return batch
+        labels, rows = batch["labels"], loader.dataset
+        if hasattr(rows, "__len__") and (new := len(rows) % (count * len(row_tokens))):
+            own = max(0, new - self.accelerator.process_index * len(row_tokens))  # rows of this batch that count
+            if "cu_seq_lens_q" in batch:
+                labels[:, int(row_tokens[:own].sum()) :] = -100
+            else:
+                labels[own:] = -100
+        return batch
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with attention_per_conversation(self.model):
             return super().train(*args, **kwargs)
@@ -98,10 +161,41 @@ class CompletionTrainer(SFTTrainer):
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(before[name])
 
+    taken_up: Path | None = None  # the checkpoint of a finished run
+
     def take_up(self, checkpoint: Path) -> None:
         """Weights and log of a finished run, without training."""
-        self._load_from_checkpoint(str(checkpoint))
+        self.taken_up = checkpoint
+        if not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def save_whole(self, folder: Path) -> None:
+        """Writes the trained weights as one model or adapter. Every process must call it: each adds its part."""
+        state: Any = self.accelerator.state
+        if self.is_fsdp_enabled:  # by parts, its default, save_model would write nothing
+            state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        if self.is_deepspeed_enabled and self.taken_up is not None:
+            if processes.is_first():  # there is no engine yet, and the checkpoint has the weights beside its own files
+                shutil.copytree(self.taken_up, folder, ignore=shutil.ignore_patterns(*NO_WEIGHTS))
+        else:
+            self.save_model(str(folder))
+        unset_hf_deepspeed_config()  # of ZeRO-3, by which any model that is read later would be shared out as well
+
+    def free_memory(self, model: bool) -> None:
+        """Lets go of the optimizer, whose place scoring can use, and of the model if another is to be read after it."""
+        self.accelerator.free_memory()
+        for holder in (self, self.callback_handler):
+            for name in ("optimizer", "lr_scheduler", *(("model", "model_wrapped") if model else ())):
+                setattr(holder, name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def training_config(recipe: Recipe) -> SFTConfig:
@@ -120,11 +214,18 @@ def training_config(recipe: Recipe) -> SFTConfig:
         given.setdefault("eval_strategy", "epoch")
         given.setdefault("eval_on_start", True)
     given.setdefault("per_device_eval_batch_size", given.get("per_device_train_batch_size", 8))
+    if not recipe.trains_all_weights:  # every LoRA weight is in every step's graph
+        given.setdefault("ddp_find_unused_parameters", False)
+    if given.get("fsdp") and isinstance(given.setdefault("fsdp_config", {}), dict):
+        options = {name.removeprefix("fsdp_"): value for name, value in given["fsdp_config"].items()}
+        if options.get("version", 2) == 2:
+            options.setdefault("cpu_ram_efficient_loading", True)
+        given["fsdp_config"] = options
     given["use_cpu"] = on_cpu
     if on_cpu:
         given.setdefault("dataloader_pin_memory", False)
     try:
-        return SFTConfig(
+        args = SFTConfig(
             output_dir=str(recipe.output_dir),
             max_length=recipe.dataset.max_length,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -133,6 +234,10 @@ def training_config(recipe: Recipe) -> SFTConfig:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise recipe.error("training_args", str(error).splitlines()[0]) from None
+    parallel.refuse_layouts(recipe, args)
+    if args.n_gpu > 1 and "device_map" not in recipe.model_init:
+        args._n_gpu = 1  # as transformers itself does for a model on several GPUs; trl refuses nn.DataParallel
+    return args
 
 
 def _check_optional_packages(recipe: Recipe) -> None:
@@ -166,10 +271,11 @@ def make_trainer(
     """
     require_trainable(model)
     args = training_config(recipe)
+    collate = DataCollatorForCompletionOnlyLM(tokenizer=tokenizer, pad_to_multiple_of=args.pad_to_multiple_of)
     trainer = CompletionTrainer(
         model=model,
         args=args,
-        data_collator=DataCollatorForCompletionOnlyLM(tokenizer=tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
+        data_collator=RowCountingCollator(collate),
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
@@ -177,7 +283,7 @@ def make_trainer(
     )
     if recipe.dataset.packing:
         with trainer.accelerator.autocast():
-            leak = leak_of_packed_rows(trainer.model, trainer.data_collator)
+            leak = leak_of_packed_rows(trainer.model, collate)
         if leak:
             raise recipe.error("dataset.packing", f"{leak}; set dataset.packing: false")
     return trainer
@@ -190,5 +296,5 @@ def steps(recipe: Recipe, data: Data) -> int:
         return int(args["max_steps"])
     rows: Any = data.train
     each = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
-    each *= int(os.environ.get("WORLD_SIZE", "1"))
+    each *= processes.count()
     return math.ceil(math.ceil(len(rows) / each) * float(args.get("num_train_epochs", 3)))

@@ -1,5 +1,8 @@
 """What a training step computes: packing, accumulation, the loss off the GPU, 4-bit weights on a CPU."""
 
+import gc
+import weakref
+
 import datasets
 import pytest
 import torch
@@ -150,6 +153,29 @@ def test_a_run_of_packed_rows_makes_the_step_of_the_same_rows_apart(recipe, monk
     assert max((weights[0][n] - start[n]).abs().max().item() for n in start) > 1e-4, "the step did something"
     assert max((weights[0][n] - weights[1][n]).abs().max().item() for n in start) < 1e-5
     assert abs(losses[0] - losses[1]) < 1e-4
+
+
+def test_the_validation_loss_is_of_all_its_tokens_whatever_the_batch(recipe):
+    """Rows of 3 to 30 tokens: a mean over batches of three would differ from one over batches of one."""
+    rows, losses = token_rows(), []
+    for size in (1, 3, 8):
+        made = recipe(f"training_args.per_device_eval_batch_size={size}", "dataset.validation=unused.jsonl")
+        trainer = make_trainer(made, load_model(made), load_tokenizer(made), Data(None, rows, rows))
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert abs(losses[0] - losses[1]) < 1e-5 and abs(losses[0] - losses[2]) < 1e-5
+
+
+def test_the_optimizer_is_let_go_of_after_training_and_the_model_where_it_is_read_again(recipe):
+    made = recipe("lora_config={r: 4, target_modules: [q_proj]}")
+    trainer = make_trainer(made, add_lora(load_model(made), made), load_tokenizer(made), Data(None, token_rows()))
+    trainer.train()
+    moments, model = (weakref.ref(each) for each in (trainer.optimizer, trainer.model))
+    trainer.free_memory(model=False)
+    gc.collect()
+    assert moments() is None and model() is not None
+    trainer.free_memory(model=True)
+    gc.collect()
+    assert model() is None
 
 
 def test_packed_rows_of_a_model_that_would_let_them_see_each_other_are_refused(recipe, tiny_qwen, tmp_path):

@@ -1,0 +1,135 @@
+"""Random models on disk, in the layout of released ones, and the recipes that train them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from benchmarks.gpu_checks.machine import ON_GPU
+from sft.model.chatglm3 import ChatGLMConfig
+from sft.recipe import Recipe, load_recipe
+from tests.families import FAMILIES, build
+from tests.model.test_chatglm3_run import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARD_BYTES = 4 * 2**30
+
+# The released config.json of Qwen2.5-7B-Instruct; a ChatGLMConfig's defaults are those of ChatGLM3-6B.
+QWEN_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+# What stands for a small model: the sizes of Qwen2.5-0.5B, less deep. On a CPU as tiny as can be.
+QWEN_SMALL = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+QWEN_TINY = {
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CHATGLM_TINY = {
+    "padded_vocab_size": 1088,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+}
+
+
+def small_qwen(folder: Path) -> Path:
+    """A folder with a small Qwen2, made when it is first asked for."""
+    if not (folder / "small_qwen").is_dir():
+        _write(folder / "small_qwen", Qwen2Config(**QWEN_SMALL if ON_GPU else QWEN_TINY))
+        qwen_tokenizer().save_pretrained(folder / "small_qwen")
+    return folder / "small_qwen"
+
+
+def full_size(recipe_name: str, folder: Path) -> Path:
+    """A folder with the model of recipes/NAME.yaml at its released size, on a CPU a tiny one."""
+    if recipe_name == "chatglm3_4bit":
+        _write(folder, ChatGLMConfig(**{} if ON_GPU else CHATGLM_TINY))
+        train_tokenizer(folder)
+        named = {"name_or_path": "THUDM/chatglm3-6b", "tokenizer_class": "ChatGLMTokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    else:
+        _write(folder, Qwen2Config(**QWEN_7B if ON_GPU else QWEN_TINY))
+        qwen_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def recipe_for(model: Path, *overrides: str, name: str = "qwen_qlora") -> Recipe:
+    """recipes/NAME.yaml for a model of ours: the demo data, its output beside the model."""
+    return load_recipe(ROOT / f"recipes/{name}.yaml", overrides_for(model, *overrides))
+
+
+def overrides_for(model: Path, *overrides: str) -> list[str]:
+    demo = ROOT / "data/demo"
+    often = "weight: 6"  # so that there are rows enough for every step
+    train = ", ".join(f"{{path: '{demo}/{name}.jsonl', {often}}}" for name in ("train", "train_instruction"))
+    return [
+        f"model_name_or_path={model}",
+        f"output_dir={model.parent / 'out'}",
+        f"dataset.train=[{train}]",
+        f"dataset.validation={demo}/validation.jsonl",
+        f"dataset.test={demo}/test.jsonl",
+        "dataset.max_lost=1",  # tiny rows trim most conversations
+        *([] if ON_GPU else ["training_args.use_cpu=true"]),
+        *overrides,
+    ]
+
+
+def _write(folder: Path, config: PreTrainedConfig) -> None:
+    """The configuration and bfloat16 weights in shards, as a release has them."""
+    folder.mkdir(parents=True)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {n: w.shape for n, w in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    weight_map = {}
+    for number, shard in enumerate(_shards(shapes), start=1):
+        save_file(shard, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, f"model-{number:05}.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _shards(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Tensor]]:
+    """Random matrices, norms of ones, biases of zeros. Drawn once and cut from there, since 7e9 draws take a minute."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(2**24 if ON_GPU else 2**16, generator=generator) * 0.02).bfloat16()
+    shard: dict[str, torch.Tensor] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        if len(shape) == 1:
+            shard[name] = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        else:
+            block = drawn.roll(7919 * number)  # a prime, so that no two matrices are the same
+            shard[name] = block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape).clone()
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Qwen2.5's template and control tokens on the small vocabulary of the tests, whose ids every size here holds."""
+    return build(FAMILIES["qwen2_5"], "bytes")

@@ -1,11 +1,10 @@
 """Random models on disk, in the layout of released ones, and the recipes that train them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from benchmarks.gpu_checks.machine import ON_GPU
@@ -15,7 +14,7 @@ from tests.families import FAMILIES, build
 from tests.model.test_chatglm3_run import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARD_BYTES = 4 * 2**30
+SHARD_WEIGHTS = 2e9
 
 # The released config.json of Qwen2.5-7B-Instruct; a ChatGLMConfig's defaults are those of ChatGLM3-6B.
 QWEN_7B = {
@@ -103,31 +102,49 @@ def _write(folder: Path, config: PreTrainedConfig) -> None:
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {n: w.shape for n, w in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        shapes = {name: w.shape for name, w in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    shards: list[dict[str, torch.Size]] = [{}]
+    for name, shape in shapes.items():
+        if sum(held.numel() for held in shards[-1].values()) > SHARD_WEIGHTS:
+            shards.append({})
+        shards[-1][name] = shape
     weight_map = {}
-    for number, shard in enumerate(_shards(shapes), start=1):
-        save_file(shard, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, f"model-{number:05}.safetensors")
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(folder / file, shard, seed=number)
+        weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _shards(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Tensor]]:
-    """Random matrices, norms of ones, biases of zeros. Drawn once and cut from there, since 7e9 draws take a minute."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(2**24 if ON_GPU else 2**16, generator=generator) * 0.02).bfloat16()
-    shard: dict[str, torch.Tensor] = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        if len(shape) == 1:
-            shard[name] = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
-        else:
-            block = drawn.roll(7919 * number)  # a prime, so that no two matrices are the same
-            shard[name] = block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape).clone()
-        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
-            yield shard
-            shard = {}
-    if shard:
-        yield shard
+def _write_shard(path: Path, shapes: dict[str, torch.Size], seed: int) -> None:
+    """Random matrices, norms of ones, biases of zeros.
+
+    The numbers are drawn once and written again and again: to draw 7e9, or to hold them, would take a minute.
+    Source of the layout: huggingface.co/docs/safetensors (length of the header, header, numbers).
+    """
+    drawn = torch.randn(2**24 if ON_GPU else 2**16, generator=torch.Generator().manual_seed(seed)) * 0.02
+    numbers = memoryview(drawn.bfloat16().view(torch.uint8).numpy())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for number, (name, shape) in enumerate(shapes.items()):
+            left = 2 * shape.numel()
+            if len(shape) == 1:
+                one = b"\x80\x3f"  # 1 in bfloat16, little endian
+                stream.write((b"\0\0" if name.endswith("bias") else one) * shape.numel())
+                continue
+            begin = 2 * 7919 * number % len(numbers)  # elsewhere, or all matrices of a size would be one
+            while left:
+                piece = numbers[begin : begin + left]
+                stream.write(piece)
+                left, begin = left - len(piece), 0
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:

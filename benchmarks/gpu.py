@@ -18,6 +18,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -188,6 +189,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument("--folder", type=Path, help="where the models are written; they are deleted")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `timeout`, too, leaves nothing behind
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="gpu-check-") as scratch:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{scratch}/cache", "TOKENIZERS_PARALLELISM": "true"}
         lines = list(run_checks(options.only, Path(scratch)))

@@ -1,5 +1,6 @@
 """Random models on disk, in the layout of released ones, and the recipes that train them."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def small_qwen(folder: Path) -> Path:
 def full_size(recipe_name: str, folder: Path) -> Path:
     """A folder with the model of recipes/NAME.yaml at its released size, on a CPU a tiny one."""
     if recipe_name == "chatglm3_4bit":
+        importlib.import_module("sentencepiece")  # without it train_tokenizer would skip a test
         _write(folder, ChatGLMConfig(**{} if ON_GPU else CHATGLM_TINY))
         train_tokenizer(folder)
         named = {"name_or_path": "THUDM/chatglm3-6b", "tokenizer_class": "ChatGLMTokenizer"}

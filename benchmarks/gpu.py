@@ -14,6 +14,7 @@ after a failure, since an error of CUDA leaves a process useless.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -119,8 +120,8 @@ class Worker:
                 yield message
         except TimeoutError:
             self.kill()
-            yield self._ended(f"ended after {time.monotonic() - begun:.0f} s, its limit", begun)
-        except EOFError:
+            yield self._ended(f"ended after {time.monotonic() - begun:.0f} s: its limit, or that of the whole", begun)
+        except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
             self.kill()
@@ -152,7 +153,8 @@ class Worker:
         children = psutil.Process(self._process.pid).children(recursive=True) if self._process.is_alive() else []
         self._process.kill()
         for child in children:
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         self._process.join()
         self._process = None
 

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py on a CPU: every check runs, what is broken is seen to fail, and no check can hold up the rest."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +81,15 @@ def test_right_loss_with_a_gradient_of_a_wrong_scale_fails(tmp_path, monkeypatch
     assert outcomes(exact.loss(tmp_path)) == ["fail", "fail"]
 
 
+def test_loss_that_is_not_a_number_in_packed_rows_only_fails(tmp_path, monkeypatch):
+    def compute_loss(trainer, model, inputs, **kwargs):
+        return whole(trainer, model, inputs, **kwargs) * (math.nan if "position_ids" in inputs else 1)
+
+    whole = CompletionTrainer.compute_loss
+    monkeypatch.setattr(CompletionTrainer, "compute_loss", compute_loss)
+    assert outcomes(exact.loss(tmp_path)) == ["fail", "fail"]
+
+
 def test_packed_rows_that_see_each_other_fail(tmp_path, monkeypatch):
     whole = exact._packed
     monkeypatch.setattr(exact, "_packed", lambda rows: {"input_ids": whole(rows)["input_ids"]})
@@ -139,7 +149,7 @@ def test_check_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
     worker = gpu.Worker(tmp_path)
     worker.start(time.monotonic() + 120)
     [line] = worker.run("tests.gpu_faults:hangs", 3, time.monotonic() + 600)
-    assert (line["outcome"], line["figure"]) == ("fail", "ended after 3 s, its limit")
+    assert (line["outcome"], line["figure"]) == ("fail", "ended after 3 s: its limit, or that of the whole")
     child = int((tmp_path / "child").read_text(encoding="utf-8"))
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert [line["part"] for line in worker.run("tests.gpu_faults:passes", 60, time.monotonic() + 600)] == [

@@ -29,7 +29,7 @@ SHORT = [
     "evaluation.max_samples=4",
 ]
 FULL = ["quantization_config=null", "lora_config=null", "training_args.optim=adamw_torch"]
-# As accelerate documents it; trl ships the same for eight processes (trl/accelerate_configs/fsdp2.yaml).
+# Keys as accelerate documents them, and as trl/accelerate_configs/fsdp2.yaml has them for eight processes.
 FSDP2 = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -38,9 +38,9 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: true
   fsdp_offload_params: false
   fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_state_dict_type: SHARDED_STATE_DICT
   fsdp_version: 2
-mixed_precision: bf16
+mixed_precision: "no" # the recipe decides
 num_machines: 1
 num_processes: 1
 """

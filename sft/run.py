@@ -69,7 +69,7 @@ def set_up(recipe: Recipe, debug: bool) -> None:
 def join_processes(recipe: Recipe) -> None:
     """Where a launcher started several: sets up their devices, so that from here on they can talk."""
     if processes.count() > 1:
-        trainer.training_config(recipe)
+        trainer.check_training_config(recipe)
 
 
 def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -78,7 +78,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     Returns: the model without weights, by which disk and memory are estimated.
     """
     check_machine(recipe)
-    trainer.training_config(recipe)
+    trainer.check_training_config(recipe)
     if line := parallel.gpus_line(recipe):
         say(line)
     model = meta_model(recipe)

@@ -240,6 +240,12 @@ def training_config(recipe: Recipe) -> SFTConfig:
     return args
 
 
+def check_training_config(recipe: Recipe) -> None:
+    """Raises: RecipeError: as above. ZeRO-3, which would share out any model, stays off until one is to be trained."""
+    training_config(recipe)
+    unset_hf_deepspeed_config()
+
+
 def _check_optional_packages(recipe: Recipe) -> None:
     """Raises: RecipeError: a setting needs a package that is not installed."""
     args = recipe.training_args

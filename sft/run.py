@@ -35,6 +35,7 @@ from sft.training import check, trainer
 from sft.training.resume import find_checkpoint, is_finished
 from sft.training.stop import StopAtSignal, Stopped, interrupted
 from sft.training.trainer import CompletionTrainer
+from sft.training.triton_probe import why_triton_fails
 
 __all__ = ["add_lora", "describe_run", "find_checkpoint", "load_model", "load_tokenizer"]
 
@@ -80,13 +81,14 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     Returns: the model without weights, by which disk and memory are estimated.
     """
     check_machine(recipe)
-    trainer.training_config(recipe)
+    config = trainer.training_config(recipe)
     model = meta_model(recipe)
     if model.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
         raise recipe.error("model_name_or_path", "is of ChatGLM's family but not ChatGLM3; use its -hf release")
     check_targets(recipe, model)
     if recipe.adapter_name_or_path:
         find_model(recipe.adapter_name_or_path, recipe, "adapter_name_or_path", "adapter_config.json")
+    trainer.check_optimizer(recipe, config, check.with_lora(recipe, model))
     return model
 
 
@@ -143,6 +145,8 @@ def train(
     """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
+    if torch.cuda.is_available() and not use_cpu(recipe) and (why := why_triton_fails()):
+        say(f"Triton cannot run here ({why}): the loss is our own, which takes more memory than trl's")
     finished = checkpoint if checkpoint and is_finished(checkpoint, trainer.steps(recipe, data)) else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")

@@ -1,4 +1,4 @@
-"""What the machine decides: dtypes by GPU, and settings that it cannot do. The GPUs are stand-ins of torch's answers."""
+"""What the machine decides: dtypes by GPU, and what is refused. The GPUs are stand-ins that answer as torch does."""
 
 import types
 import warnings

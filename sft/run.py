@@ -146,7 +146,7 @@ def train(
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
     if torch.cuda.is_available() and not use_cpu(recipe) and (why := why_triton_fails()):
-        say(f"Triton cannot run here ({why}): the loss is our own, which takes more memory than trl's")
+        say(f"the loss is our own, which takes more memory than trl's: Triton wants a C compiler and Python.h ({why})")
     finished = checkpoint if checkpoint and is_finished(checkpoint, trainer.steps(recipe, data)) else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")

@@ -37,6 +37,7 @@ from sft.results.summary import run_summary
 from sft.training import check, parallel, resume, trainer
 from sft.training.stop import StopAtSignal, Stopped, interrupted
 from sft.training.trainer import CompletionTrainer
+from sft.training.triton_probe import why_triton_fails
 
 __all__ = ["add_lora", "describe_run", "load_tokenizer"]
 
@@ -78,7 +79,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     Returns: the model without weights, by which disk and memory are estimated.
     """
     check_machine(recipe)
-    trainer.check_training_config(recipe)
+    config = trainer.check_training_config(recipe)
     if line := parallel.gpus_line(recipe):
         say(line)
     model = meta_model(recipe)
@@ -87,6 +88,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     check_targets(recipe, model)
     if recipe.adapter_name_or_path:
         find_model(recipe.adapter_name_or_path, recipe, "adapter_name_or_path", "adapter_config.json")
+    trainer.check_optimizer(recipe, config, check.with_lora(recipe, model))
     return model
 
 
@@ -156,6 +158,8 @@ def train(
     """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3: all
     say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
+    if torch.cuda.is_available() and not use_cpu(recipe) and (why := why_triton_fails()):
+        say(f"the loss is our own, which takes more memory than trl's: Triton wants a C compiler and Python.h ({why})")
     steps = trainer.steps(recipe, data)
     done = checkpoint and processes.decide(lambda: resume.is_finished(checkpoint, steps))
     finished = checkpoint if done else None

@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import run_sft
 from tests.seeds import FLAT_SEED, NESTED_SEED
@@ -212,11 +215,17 @@ def test_same_recipe_data_and_seed_give_the_same_adapter(tiny_qwen, tmp_path):
     assert made[0] == made[1]
 
 
-def test_full_fine_tuning_writes_a_model_and_scores_it(tiny_qwen, tmp_path):
+@pytest.mark.parametrize(("named", "saved"), [("null", torch.bfloat16), ("float32", torch.float32)])
+def test_full_fine_tuning_writes_a_model_in_the_bases_dtype_or_the_named_and_scores_it(
+    tiny_qwen, tmp_path, named, saved
+):
+    shutil.copytree(tiny_qwen, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tiny_qwen, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     arguments = command(
         ROOT / "recipes/qwen_qlora.yaml",
         tmp_path / "out",
-        tiny_qwen,
+        tmp_path / "base",
+        f"model_init.dtype={named}",
         "quantization_config=null",
         "lora_config=null",
         "training_args.optim=adamw_torch",
@@ -225,7 +234,8 @@ def test_full_fine_tuning_writes_a_model_and_scores_it(tiny_qwen, tmp_path):
         "dataset.packing=false",
     )
     assert run_sft.main(arguments) == 0
-    assert (tmp_path / "out/final_model/model.safetensors").is_file()
+    weights = load_file(tmp_path / "out/final_model/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {saved}
     assert not (tmp_path / "out/lora_adapter").exists()
     assert set(json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))) >= {"base", "tuned"}
 

@@ -80,10 +80,46 @@ CASES = {
     ),
     "fp16 without a GPU": (GOOD.encode(), ["training_args.fp16=true"], "needs a GPU"),
     "a reporter that is not there": (GOOD.encode(), ["training_args.report_to=wandb"], "pip install wandb"),
+    "liger kernels that are not there": (
+        GOOD.encode(),
+        ["training_args.use_liger_kernel=true"],
+        "liger is not installed; run: pip install liger-kernel",
+    ),
+    "hub kernels without their package": (
+        GOOD.encode(),
+        ["model_init.use_kernels=true"],
+        'needs the package kernels; run: pip install "kernels>=',
+    ),
+    "an attention of the hub without the package": (
+        GOOD.encode(),
+        ["model_init.attn_implementation=kernels-community/flash-attn"],
+        'needs the package kernels; run: pip install "kernels>=',
+    ),
+    "DeepSpeed that is not there": (
+        GOOD.encode(),
+        ["training_args.deepspeed={zero_optimization: {stage: 3}}"],
+        "deepspeed is not installed; run: pip install deepspeed",
+    ),
+    "an optimizer that is not there": (GOOD.encode(), ["training_args.optim=galore_adamw"], "install `galore_torch`"),
+    "an optimizer of another machine": (
+        GOOD.encode(),
+        ["training_args.optim=adamw_torch_npu_fused"],
+        "failed to import FusedAdamW from torch_npu",
+    ),
+    "a second handler of SIGTERM": (
+        GOOD.encode(),
+        ["training_args.enable_jit_checkpoint=true"],
+        "a run that gets SIGTERM saves a checkpoint anyway; remove it",
+    ),
     "quantised full fine-tuning": (
         GOOD.encode(),
         ["lora_config=null", "quantization_config={load_in_4bit: true}"],
         "quantised weights cannot be trained",
+    ),
+    "a quantised module trained whole": (
+        GOOD.encode(),
+        ["lora_config.modules_to_save=[o_proj]", "quantization_config={load_in_4bit: true}"],
+        "o_proj is quantised, and quantised weights cannot be trained; name it in target_modules",
     ),
     "no such metric": (GOOD.encode(), ["evaluation.metrics=[blue]"], "blue"),
     "a share that holds nothing back": (GOOD.encode(), ["dataset.validation=0.5"], "holds out every row"),

@@ -171,18 +171,23 @@ def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:
     if any(source.weight != 1 for source, _ in files):
         raise recipe.error("dataset.train", "a stream has no weights; take them out, or set dataset.streaming: false")
 
-    def rows() -> Iterator[dict[str, Any]]:
-        given = 0
-        for source, file in files:
-            tokeniser = FileTokeniser(encoder, recipe, source.format)
-            for batch in tokeniser.batches(read_rows(file)):
-                refuse_problems([(str(file), tokeniser.problems)], recipe)
-                tokeniser.problems.clear()
-                given += len(batch)
-                for row in batch.to_pylist():
-                    yield {"input_ids": row["input_ids"], "assistant_mask": row["assistant_mask"]}
-            refuse_problems([(str(file), tokeniser.problems)], recipe)
-        if not given:
-            raise DataError("no row of dataset.train is left to use")
+    chosen = {"files": tuple(files), "encoder": encoder, "recipe": recipe}  # of a list datasets would make shards
+    return datasets.IterableDataset.from_generator(_streamed_rows, gen_kwargs=chosen)
 
-    return datasets.IterableDataset.from_generator(rows)
+
+def _streamed_rows(
+    files: tuple[tuple[Source, Path | str], ...], encoder: ChatEncoder, recipe: Recipe
+) -> Iterator[dict[str, Any]]:
+    """A function of the module, so that worker processes can be given it."""
+    given = 0
+    for source, file in files:
+        tokeniser = FileTokeniser(encoder, recipe, source.format)
+        for batch in tokeniser.batches(read_rows(file)):
+            refuse_problems([(str(file), tokeniser.problems)], recipe)
+            tokeniser.problems.clear()
+            given += len(batch)
+            for row in batch.to_pylist():
+                yield {"input_ids": row["input_ids"], "assistant_mask": row["assistant_mask"]}
+        refuse_problems([(str(file), tokeniser.problems)], recipe)
+    if not given:
+        raise DataError("no row of dataset.train is left to use")

@@ -59,6 +59,18 @@ def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
                 f"{type(model).__name__} has no module {', '.join(missing)}; its linear modules are "
                 f"{', '.join(sorted(linear - {'lm_head'}))}",
             )
+        if key == "modules_to_save" and recipe.quantization_config:
+            _refuse_quantised(recipe, model, targets)
+
+
+def _refuse_quantised(recipe: Recipe, model: PreTrainedModel, modules_to_save: list[str]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            if found := [saved for saved in modules_to_save if name.endswith(f".{saved}")]:
+                raise recipe.error(
+                    "lora_config.modules_to_save",
+                    f"{found[0]} is quantised, and quantised weights cannot be trained; name it in target_modules",
+                )
 
 
 # By these transformers' from_pretrained leaves a process of FSDP without weights: the first one hands them out.

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft.errors import ModelError
 from sft.model.source import find_model, first_line
@@ -22,7 +23,8 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftMo
         return model
     torch.manual_seed(recipe.seed)  # LoRA weights start random
     try:
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config}))
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config})
+        return get_peft_model(model, config, autocast_adapter_dtype=_lora_is_float32(recipe))
     except (ValueError, TypeError) as error:
         raise recipe.error("lora_config", first_line(error)) from None
 
@@ -42,9 +44,20 @@ def load_adapter(
                     f"is {value}, and the adapter {name} has {adapter_value}; make it equal, or remove it",
                 )
     try:
+        reach["autocast_adapter_dtype"] = _lora_is_float32(recipe)
         return PeftModel.from_pretrained(model, str(Path(name).expanduser()), is_trainable=trainable, **reach)
     except (RuntimeError, ValueError, OSError) as error:
         raise recipe.error(key, f"{name} does not fit this model: {first_line(error)}") from None
+
+
+def _lora_is_float32(recipe: Recipe) -> bool:
+    """As peft makes LoRA weights beside a model of half precision, except under DeepSpeed's ZeRO-3.
+
+    It gathers weights of several dtypes in a buffer of one (deepspeed 0.19.2, issue 8072). Its optimizer has float32
+    copies of what trains, so LoRA weights may be of the model's dtype, as trl has them there. Of a quantised model
+    trl casts them later.
+    """
+    return bool(recipe.quantization_config) or not is_deepspeed_zero3_enabled()
 
 
 def require_trainable(model: PreTrainedModel | PeftModel) -> None:

@@ -70,6 +70,7 @@ def check_machine(recipe: Recipe) -> None:
         _refuse_gpu_settings(recipe)
     elif torch.cuda.is_available():
         _refuse_missing_bf16(recipe)
+        _refuse_float16_weights(recipe)
     else:
         _refuse_on_mps(recipe)
 
@@ -128,12 +129,23 @@ def _refuse_missing_bf16(recipe: Recipe) -> None:
             raise recipe.error(key, f"asks for bfloat16, which {torch.cuda.get_device_name()} has not; {advice}")
 
 
+def _refuse_float16_weights(recipe: Recipe) -> None:
+    """In float16 a loss is scaled, and the scaler takes gradients of float32 weights only."""
+    if recipe.trains_all_weights and named_dtype(recipe) is autocast_dtype(recipe) is torch.float16:
+        raise recipe.error("model_init.dtype", "float16 weights cannot be trained in float16; remove it, for float32")
+
+
 def _refuse_on_mps(recipe: Recipe) -> None:
     """Apple's GPUs: no bfloat16 before macOS 14, and none of bitsandbytes' optimizers."""
     optimizer = str(recipe.training_args.get("optim", ""))
-    if "8bit" in optimizer or "paged" in optimizer:
+    if any(word in optimizer for word in ("8bit", "paged", "bnb", "lion", "ademamix")):
         raise recipe.error("training_args.optim", f"{optimizer} does not run on Apple's GPUs; set adamw_torch")
     if recipe.training_args.get("fp16"):
         raise recipe.error("training_args.fp16", "does not train on Apple's GPUs; remove it")
-    if not has_fast_bf16() and (recipe.training_args.get("bf16") or recipe.model_init.get("dtype") == "bfloat16"):
-        raise recipe.error("training_args.bf16", "needs macOS 14 on Apple's GPUs; remove it, or update macOS")
+    settings = [
+        ("training_args.bf16", recipe.training_args.get("bf16")),
+        ("model_init.dtype", named_dtype(recipe) is torch.bfloat16),
+    ]
+    for key, is_set in settings:
+        if is_set and not has_fast_bf16():
+            raise recipe.error(key, "bfloat16 needs macOS 14 on Apple's GPUs; remove it, or update macOS")

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.splits import Data
@@ -141,19 +141,26 @@ def trained_weights(recipe: Recipe, model: PreTrainedModel) -> int:
 
     Raises: RecipeError: peft refuses lora_config for this model.
     """
+    return sum(p.numel() for p in with_lora(recipe, model).parameters() if p.requires_grad)
+
+
+def with_lora(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    """A copy of the model without weights that has the recipe's LoRA; the model itself in full fine-tuning.
+
+    Raises: RecipeError: peft refuses lora_config for this model.
+    """
     if recipe.adapter_name_or_path:
         config = PeftConfig.from_pretrained(str(Path(recipe.adapter_name_or_path).expanduser()))
         config.inference_mode = False
     elif recipe.lora_config is not None:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config})
     else:
-        return sum(p.numel() for p in model.parameters())
+        return model
     config.init_lora_weights = False  # there is nothing to compute them from
     try:
-        adapted = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+        return get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise recipe.error("lora_config", str(error).splitlines()[0]) from None
-    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def samples(data: Data, tokenizer: PreTrainedTokenizerBase, count: int = 2) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 from trl import SFTConfig, SFTTrainer
 
 from sft import processes
@@ -23,6 +24,7 @@ from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.model.lora import require_trainable
 from sft.model.machine import autocast_dtype, use_cpu
+from sft.model.source import first_line
 from sft.recipe import Recipe
 from sft.training import parallel
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
@@ -240,10 +242,11 @@ def training_config(recipe: Recipe) -> SFTConfig:
     return args
 
 
-def check_training_config(recipe: Recipe) -> None:
-    """Raises: RecipeError: as above. ZeRO-3, which would share out any model, stays off until one is to be trained."""
-    training_config(recipe)
+def check_training_config(recipe: Recipe) -> SFTConfig:
+    """The same before a model is to be trained: ZeRO-3, which would share out any other too, stays off."""
+    config = training_config(recipe)
     unset_hf_deepspeed_config()
+    return config
 
 
 def _check_optional_packages(recipe: Recipe) -> None:
@@ -262,6 +265,21 @@ def _check_optional_packages(recipe: Recipe) -> None:
     for key, name, module, package in needed:
         if importlib.util.find_spec(module) is None:
             raise recipe.error(key, f"{name} is not installed; run: pip install {package}")
+    from_hub = "/" in str(recipe.model_init.get("attn_implementation", ""))  # e.g. kernels-community/flash-attn
+    for key, asks in (("use_kernels", recipe.model_init.get("use_kernels")), ("attn_implementation", from_hub)):
+        if asks and not is_kernels_available():
+            package = f'"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"'
+            raise recipe.error(f"model_init.{key}", f"needs the package kernels; run: pip install {package}")
+
+
+def check_optimizer(recipe: Recipe, config: SFTConfig, model: Any) -> None:
+    """Args: model: as it will be trained, without weights.
+    Raises: RecipeError: training_args.optim needs a package or an argument that is not there.
+    """
+    try:
+        SFTTrainer.get_optimizer_cls_and_kwargs(config, model)
+    except (ImportError, ValueError) as error:
+        raise recipe.error("training_args.optim", first_line(error)) from None
 
 
 def make_trainer(
@@ -287,6 +305,12 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if args.fp16 and not trainer.is_deepspeed_enabled:
+        # The gradient scaler takes gradients of float32 weights only: of float16 weights it raises, and of the
+        # bfloat16 that trl gives LoRA weights beside a quantised model it has no kernel on a GPU.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     if recipe.dataset.packing:
         with trainer.accelerator.autocast():
             leak = leak_of_packed_rows(trainer.model, collate)

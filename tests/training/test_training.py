@@ -17,6 +17,7 @@ from sft.model.lora import add_lora
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import load_recipe
 from sft.training import attention
+from sft.training import trainer as trainer_module
 from sft.training.trainer import CompletionTrainer, make_trainer
 
 RECIPE = """
@@ -104,6 +105,14 @@ def test_loss_off_the_gpu_is_the_one_of_trls_fused_head(recipe, tiny_qwen):
         results.append((loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.clone()))
     assert abs(results[0][0] - results[1][0]) < 1e-5
     assert (results[0][1] - results[1][1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("why", "device", "trls"), [(None, "cuda", True), ("no gcc", "cuda", False), (None, "cpu", False)]
+)
+def test_the_loss_is_trls_on_a_gpu_where_triton_runs(monkeypatch, why, device, trls):
+    monkeypatch.setattr(trainer_module, "why_triton_fails", lambda: why)
+    assert _Plain()._takes_trls_loss(device) == trls
 
 
 def test_one_by_eight_accumulated_equals_eight_by_one(recipe):
@@ -203,6 +212,56 @@ def test_every_lora_b_trains_in_4_bits_after_an_evaluation(recipe):
     trainer.train()
     untrained = [n for n, p in model.named_parameters() if "lora_B" in n and not p.detach().abs().max() > 0]
     assert not untrained
+
+
+@pytest.mark.parametrize(("dtype", "lowest", "highest"), [("null", 0.99, 1.0), ("bfloat16", 0.2, 0.4)])
+def test_steps_of_a_full_fine_tuning_reach_the_weights_unless_bfloat16_is_named(recipe, dtype, lowest, highest):
+    """20 steps at a learning rate of 2e-5; in bfloat16 a weight of 0.02 has no neighbour nearer than 6e-5."""
+    made = recipe(
+        f"model_init.dtype={dtype}",
+        "training_args.bf16=true",
+        "training_args.max_steps=20",
+        "training_args.learning_rate=2e-5",
+    )
+    model = load_model(made)
+    before = {name: p.detach().clone() for name, p in model.model.layers.named_parameters() if "proj.weight" in name}
+    make_trainer(made, model, load_tokenizer(made), Data(None, token_rows())).train()
+    now = dict(model.model.layers.named_parameters())
+    changed = sum((now[name] != was).sum().item() for name, was in before.items())
+    share = changed / sum(was.numel() for was in before.values())
+    assert lowest <= share <= highest
+
+
+FOUR_BITS = "quantization_config={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: float16}"
+LORA = "lora_config={r: 4, target_modules: [q_proj, v_proj], modules_to_save: [norm]}"
+
+
+@pytest.mark.parametrize("overrides", [[FOUR_BITS], []], ids=["4 bits", "float16"])
+def test_what_trains_in_float16_is_float32_which_its_scaler_takes(recipe, monkeypatch, overrides):
+    """A step as on a T4: float16 autocast, a scaled loss, gradients scaled back. The Trainer's own wants a GPU."""
+    real = trainer_module.training_config
+
+    def on_a_t4(made):
+        config = real(made)
+        config.fp16 = True
+        return config
+
+    monkeypatch.setattr(trainer_module, "training_config", on_a_t4)
+    made = recipe("model_init.dtype=float16", LORA, *overrides)
+    model = add_lora(load_model(made), made)
+    trainer = make_trainer(made, model, load_tokenizer(made), Data(None, token_rows()))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen - {torch.uint8} == {torch.float16}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer, scaler = torch.optim.SGD(trained.values(), lr=1.0), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with torch.autocast("cpu", torch.float16):
+        loss = trainer.compute_loss(model, trainer.data_collator([token_rows()[i] for i in range(4)]))
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert all((p - before[n]).abs().max() > 0 for n, p in trained.items() if "lora_A" not in n)
 
 
 def test_best_fit_fills_rows_and_keeps_every_conversation_once():

@@ -16,7 +16,8 @@ from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation
 from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack
-from sft.data.rows import expand, load_formats, read_rows, to_conversation
+from sft.data.row_formats import load_formats, to_conversation
+from sft.data.rows import expand, read_rows
 from sft.data.token_rows import Split, TokenRows
 from sft.data.tokens import FileTokeniser, TokenFile, tokenise_file
 from sft.errors import DataError

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
-from sft.data.rows import FORMATS, detect_format, hub_revision, load_formats, read_rows, to_conversation
+from sft.data.row_formats import FORMATS, detect_format, load_formats, to_conversation
+from sft.data.rows import hub_revision, read_rows
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
 from sft.files import whole_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.data.conversation import Conversation
-from sft.errors import FormatError
+from sft.errors import DataError, FormatError
 
 NAMED = 8  # keys in a message; a longer list is not read
 FORMATS = Path(__file__).resolve().parents[2] / "formats"
@@ -101,3 +101,50 @@ def _json_type(value: Any) -> str:
 def _type_names(types: type | tuple[type, ...]) -> str:
     names = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "a boolean"}
     return " or ".join(names.get(t, t.__name__) for t in (types if isinstance(types, tuple) else (types,)))
+
+
+# ------------------------------------------------------------------------------------------------------- a file's rows
+
+
+class RowReader:
+    """Reads the rows of one file: renames their keys, finds the format by the first, and makes conversations of all.
+
+    format_name: a file of formats/, or "auto". columns: dataset.columns, {key in the file: key of the format}.
+    """
+
+    def __init__(self, format_name: str, columns: dict[str, str] | None, system: str | None):
+        self.format = None if format_name == "auto" else load_formats()[format_name]
+        self._columns, self._system = columns or {}, system
+        self._unused = set(self._columns)
+        self._found: dict[str, None] = {}  # the keys of the first row
+
+    def read(self, row: Any) -> Conversation:
+        """Raises: FormatError: what is wrong with the row."""
+        if self._columns and isinstance(row, dict):
+            row = self._with_new_names(row)
+        if self.format is None:
+            self.format = detect_format(row)
+        return to_conversation(row, self.format, self._system)
+
+    def refuse_unused_columns(self, file: Any) -> None:
+        """After the last row. Raises: DataError: dataset.columns names a column that no row had."""
+        if self._unused and self._found:
+            columns = some(sorted(self._unused))
+            raise DataError(f"{file}: no row has {columns}, which dataset.columns renames; it has {some(self._found)}")
+
+    def _with_new_names(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its keys renamed, and those of the objects in its lists: its turns. Tools stay as they are."""
+        self._found = self._found or dict.fromkeys(row)
+        row = self._renamed(row)
+        for key, value in row.items():
+            if isinstance(value, list) and key != "tools":
+                row[key] = [self._renamed(item) if isinstance(item, dict) else item for item in value]
+        return row
+
+    def _renamed(self, item: dict[str, Any]) -> dict[str, Any]:
+        self._unused -= item.keys()
+        renamed = {self._columns.get(key, key): value for key, value in item.items()}
+        if len(renamed) < len(item):
+            twice = next(key for key in item if key in self._columns and self._columns[key] in item)
+            raise FormatError(f"has {twice!r} and {self._columns[twice]!r}, which dataset.columns makes one")
+        return renamed

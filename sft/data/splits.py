@@ -16,7 +16,7 @@ from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation
 from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack
-from sft.data.row_formats import load_formats, to_conversation
+from sft.data.row_formats import RowReader
 from sft.data.rows import expand, read_rows
 from sft.data.token_rows import Split, TokenRows
 from sft.data.tokens import FileTokeniser, TokenFile, tokenise_file
@@ -159,10 +159,10 @@ def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]
     found: list[tuple[str, Conversation]] = []
     for file, inside in test.rows.by_file(test.chosen):
         lines = set(file.rows.data.column("line").to_numpy()[inside].tolist())
-        fmt = load_formats()[str(file.facts["format"])]
+        reader = RowReader(str(file.facts["format"]), recipe.dataset.columns, recipe.dataset.system)
         for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
             if line in lines:
-                found.append((f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)))
+                found.append((f"{file.path}:{line}", reader.read(row)))
     return found
 
 
@@ -182,6 +182,7 @@ def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:
                 given += len(batch)
                 for row in batch.to_pylist():
                     yield {"input_ids": row["input_ids"], "assistant_mask": row["assistant_mask"]}
+            tokeniser.reader.refuse_unused_columns(file)
             refuse_problems([(str(file), tokeniser.problems)], recipe)
         if not given:
             raise DataError("no row of dataset.train is left to use")

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
-from sft.data.row_formats import FORMATS, detect_format, load_formats, to_conversation
+from sft.data.row_formats import FORMATS, RowReader
 from sft.data.rows import hub_revision, read_rows
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
@@ -142,8 +142,7 @@ class FileTokeniser:
         self.problems: list[Problem] = []
         self.rows_read = 0
         self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
-        self._system = recipe.dataset.system
-        self._format = None if format_name == "auto" else load_formats()[format_name]
+        self.reader = RowReader(format_name, recipe.dataset.columns, recipe.dataset.system)
         self._trimmed: list[int] = []
         self._notes: dict[str, int] = defaultdict(int)
         self._used = self._tokens = self._supervised = 0
@@ -166,7 +165,7 @@ class FileTokeniser:
 
     def facts(self) -> Facts:
         return {
-            "format": self._format.name if self._format else None,
+            "format": self.reader.format.name if self.reader.format else None,
             "rows": self.rows_read,
             "used": self._used,
             "trimmed": self._trimmed,
@@ -183,9 +182,7 @@ class FileTokeniser:
             try:
                 if isinstance(row, FormatError):
                     raise row
-                if self._format is None:
-                    self._format = detect_format(row)
-                yield line, to_conversation(row, self._format, self._system)
+                yield line, self.reader.read(row)
             except FormatError as error:
                 self.problems.append(Problem(line, UNREADABLE, str(error)))
 
@@ -282,6 +279,7 @@ def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recip
         for batch in tokeniser.batches(read_rows(file)):
             writer.write_batch(batch)
             bar.update(tokeniser.rows_read - bar.n)
+    tokeniser.reader.refuse_unused_columns(file)
     tokeniser.problems.sort()
     facts = {**tokeniser.facts(), "problems": tokeniser.problems}
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
@@ -318,7 +316,8 @@ _fingerprints: WeakKeyDictionary[ChatEncoder, str] = WeakKeyDictionary()  # each
 def _options(recipe: Recipe) -> list[Any]:
     options = recipe.dataset
     trim = options.overlength == "trim"
-    return [options.system, options.max_length, trim, options.control_tokens == "text", recipe.chat.loss_on]
+    control_as_text = options.control_tokens == "text"
+    return [options.system, options.columns, options.max_length, trim, control_as_text, recipe.chat.loss_on]
 
 
 def _code_digest(fmt: str) -> str:

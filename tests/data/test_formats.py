@@ -1,4 +1,4 @@
-"""The formats: which one a row is, what it says, and what is wrong with it."""
+"""The formats: which one a row is, what it says, what is wrong with it; dataset.columns."""
 
 import json
 
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 
 from sft.data.row_formats import detect_format, load_formats, to_conversation
-from sft.errors import FormatError
+from sft.errors import DataError, FormatError, RecipeError
+from sft.recipe import load_recipe
+from tests.data.conftest import RECIPE, talk, texts, write
 
 
 def read(row, system=None):
@@ -65,10 +67,10 @@ def test_a_row_of_no_format_is_told_at_most_eight_of_its_fields():
         detect_format({f"k{i}": 1 for i in range(9)})
 
 
-texts = st.text(min_size=1).filter(str.strip)
+words = st.text(min_size=1).filter(str.strip)
 
 
-@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.none() | texts)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=4), st.none() | words)
 def test_one_dialogue_says_the_same_in_every_format(turns, system):
     """The round trip: turns -> a row of each format -> the same messages."""
     expected = [{"role": "system", "content": system}] if system else []
@@ -199,3 +201,60 @@ def test_what_is_wrong_with_a_row_is_said(row, message):
     with pytest.raises(FormatError) as caught:
         read(row)
     assert str(caught.value).startswith(message)
+
+
+# ------------------------------------------------------------------------------------------------------------ columns
+
+RENAME = "dataset.columns={question: human, answer: assistant}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"question": "1", "answer": "2"}, {"conversation": [{"question": "1", "answer": "2"}]}],
+    ids=["of the row", "of its turns"],
+)
+def test_columns_rename_the_keys_of_rows_and_of_turns(run, tokenizer, row):
+    write("train.jsonl", row)
+    write("test.jsonl", row)
+    data = run(RENAME, "dataset.test=test.jsonl")
+    assert texts(tokenizer, data.train) == ["S<|im_end|> 1<|im_end|> 2<|im_end|>"]
+    assert [message["content"] for message in data.test_conversations[0][1].messages] == ["S", "1", "2"]
+    stream = run(RENAME, "dataset.streaming=true", "training_args.max_steps=1").train
+    assert next(iter(stream))["input_ids"] == data.train[0]["input_ids"]
+
+
+def test_columns_may_trade_names_and_leave_tools_alone(run):
+    tools = [{"name": "f", "question": 1}]
+    row = {"query": "2", "response": "1", "tools": tools}
+    write("train.jsonl", row)
+    write("test.jsonl", row)
+    data = run("dataset.columns={query: response, response: query}", "dataset.test=test.jsonl")
+    conversation = data.test_conversations[0][1]
+    assert [message["content"] for message in conversation.messages] == ["S", "1", "2"] and conversation.tools == tools
+
+
+def test_other_columns_make_the_rows_anew(run):
+    write("train.jsonl", {"query": "1", "response": "2", "a": "3"})
+    first = run().train[0]["input_ids"]
+    assert run("dataset.columns={query: b, a: query}").train[0]["input_ids"] != first
+
+
+def test_a_column_that_no_row_has_is_an_error_with_the_file(run):
+    write("train.jsonl", "{", talk("1", "2"))
+    with pytest.raises(DataError) as caught:
+        run("dataset.columns={question: human}")
+    assert str(caught.value) == ("train.jsonl: no row has question, which dataset.columns renames; it has conversation")
+
+
+def test_a_row_with_the_old_and_the_new_name_is_a_bad_row(run):
+    write("train.jsonl", {"question": "1", "human": "3", "answer": "2"})
+    with pytest.raises(DataError, match="^train.jsonl:1: has 'question' and 'human', which dataset.columns makes one"):
+        run(RENAME)
+
+
+def test_two_columns_cannot_have_one_name(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    with pytest.raises(RecipeError, match="dataset.columns.*: gives two columns the name 'human'; keep one of them"):
+        load_recipe(tmp_path / "recipe.yaml", ["dataset.columns={question: human, prompt: human}"])
+    with pytest.raises(RecipeError, match="dataset.columns.question: found 3; give text"):
+        load_recipe(tmp_path / "recipe.yaml", ["dataset.columns={question: 3}"])

@@ -127,6 +127,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "control_tokens": "error",
             "max_lost": 0.05,
             "packing": True,
+            "columns": None,
             "num_proc": None,
             "streaming": False,
         },

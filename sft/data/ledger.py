@@ -67,7 +67,7 @@ def _ledger_file(split: str, file: TokenFile, weight: float) -> LedgerFile:
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
     return {
         "split": split,
-        "path": file.path,
+        "path": str(file.path),
         "weight": weight,
         **facts,
         "supervised_share": round(share, 4),

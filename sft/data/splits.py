@@ -17,7 +17,7 @@ from sft.data.conversation import Conversation
 from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack
 from sft.data.row_formats import RowReader
-from sft.data.rows import expand, read_rows
+from sft.data.rows import DataFile, expand, read_rows
 from sft.data.token_rows import Split, TokenRows
 from sft.data.tokens import FileTokeniser, TokenFile, tokenise_file
 from sft.errors import DataError
@@ -93,7 +93,7 @@ def _tokenise_splits(
             key = (str(file), source.format)
             files[key] = files.get(key) or tokenise_file(file, source.format, encoder, recipe)
             sources[name].append((files[key], source.weight))
-    refuse_problems([(file.path, file.problems) for file in files.values()], recipe)
+    refuse_problems([(str(file.path), file.problems) for file in files.values()], recipe)
     splits = {}
     for name, entries in sources.items():
         rows = TokenRows([file for file, _ in entries], [weight for _, weight in entries])
@@ -102,12 +102,12 @@ def _tokenise_splits(
     return splits, list(files.values())
 
 
-def _files(recipe: Recipe, split: str) -> list[tuple[Source, Path | str]]:
+def _files(recipe: Recipe, split: str) -> list[tuple[Source, DataFile]]:
     """The files of a split, each with the source that names it. Raises: RecipeError: one is named twice."""
-    found: dict[str, tuple[Source, Path | str]] = {}
+    found: dict[str, tuple[Source, DataFile]] = {}
     for source in getattr(recipe.dataset, split):
         for file in expand(source, recipe, f"dataset.{split}"):
-            place = os.path.realpath(file) if isinstance(file, Path) else file
+            place = os.path.realpath(file) if isinstance(file, Path) else str(file)
             if place in found:
                 raise recipe.error(
                     f"dataset.{split}",
@@ -160,7 +160,7 @@ def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]
     for file, inside in test.rows.by_file(test.chosen):
         lines = set(file.rows.data.column("line").to_numpy()[inside].tolist())
         reader = RowReader(str(file.facts["format"]), recipe.dataset.columns, recipe.dataset.system)
-        for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
+        for line, row in read_rows(file.path):
             if line in lines:
                 found.append((f"{file.path}:{line}", reader.read(row)))
     return found

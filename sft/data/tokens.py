@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
 from sft.data.row_formats import FORMATS, RowReader
-from sft.data.rows import hub_revision, read_rows
+from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_rows
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
 from sft.files import whole_folder
@@ -79,7 +79,7 @@ class Facts(TypedDict, total=False):
 class TokenFile:
     """One tokenised file: its rows memory-mapped, its part of the ledger."""
 
-    path: str
+    path: DataFile
     rows: datasets.Dataset
     facts: Facts
     problems: list[Problem]
@@ -245,11 +245,11 @@ def cache_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
 
 
-def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
+def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
     """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
     digest = _digest_of(file)
     key = hashlib.sha256(
-        json.dumps([digest, fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
+        json.dumps([digest, file_type(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
     ).hexdigest()[:32]
     folder = cache_folder() / key
     try:
@@ -266,10 +266,10 @@ def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Reci
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     problems = [Problem(*problem) for problem in facts.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return TokenFile(str(file), rows, {"sha256": digest, **facts}, problems)
+    return TokenFile(file, rows, {"sha256": digest, **facts}, problems)
 
 
-def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
+def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     tokeniser = FileTokeniser(encoder, recipe, fmt)
     with (
         tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
@@ -285,9 +285,9 @@ def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recip
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
 
-def _digest_of(file: Path | str) -> str:
-    if isinstance(file, str):
-        return f"hub:{file}@{hub_revision(file)}"
+def _digest_of(file: DataFile) -> str:
+    if isinstance(file, HubDataset):
+        return f"hub:{file}@{dataset_digest(file)}"
     try:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

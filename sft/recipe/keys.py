@@ -39,6 +39,8 @@ class Source:
     path: str = option(description="a file, a glob or a hub id", minLength=1, examples=["data/novel/train.jsonl"])
     format: str = option("auto", "the schema of its rows; auto: as dataset.format says")
     weight: float = option(1.0, "how often each of its rows is seen in an epoch", exclusiveMinimum=0)
+    subset: str | None = option(None, "of a hub data set", minLength=1)
+    split: str | None = option(None, "of a hub data set, or of a folder that holds a copy; null: train", minLength=1)
 
 
 Sources = tuple[Source, ...]

@@ -1,7 +1,7 @@
 """Rows {"prompt", "completion", "system" (optional), "tools" (optional)}: as trl takes them, each a text or messages.
 
 A text is one message: the prompt of the user, the completion of the assistant. Messages are {"role", "content", ...}.
-`tools` is a list of JSON schemas, or its text.
+`tools` is a list of JSON schemas, or its text. Answers in the prompt are not trained on.
 
 >>> to_messages({"prompt": "Hi.", "completion": "Hello."})
 [{'role': 'user', 'content': 'Hi.'}, {'role': 'assistant', 'content': 'Hello.'}]
@@ -28,7 +28,8 @@ def to_messages(row: dict[str, Any], system: str | None = None) -> list[dict[str
     before, answers = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
     if not any(message["role"] == "assistant" for message in answers):
         raise FormatError("there is no assistant message in completion")
-    messages = [*before, *answers]
+    context = [{"train": False, **message} if message["role"] == "assistant" else message for message in before]
+    messages = [*context, *answers]
     prompt = row.get("system") or system
     if prompt and messages[0]["role"] not in ("system", "developer"):
         return [{"role": "system", "content": prompt}, *messages]

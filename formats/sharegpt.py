@@ -53,9 +53,10 @@ def _message(number: int, turn: Any) -> dict[str, Any]:
         raise FormatError(f"the value of turn {number} ({name}) {found}")
     if role in ("user", "assistant", "call") and not text.strip():
         raise FormatError(f"the value of turn {number} ({name}) is empty")
+    marks = {key: turn[key] for key in ("train", "loss", "weight") if key in turn}
     if role == "call":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(number, text)}
-    return {"role": role, "content": text}
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(number, text), **marks}
+    return {"role": role, "content": text, **marks}
 
 
 def _tool_calls(number: int, text: str) -> list[dict[str, Any]]:

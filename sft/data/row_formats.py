@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.data.conversation import Conversation
+from sft.data.conversation import Conversation, Message
 from sft.errors import DataError, FormatError
 
+LOSS_KEYS = frozenset({"train", "loss", "weight"})  # of a message: ours, ms-swift's, OpenAI's
 NAMED = 8  # keys in a message; a longer list is not read
 FORMATS = Path(__file__).resolve().parents[2] / "formats"
 
@@ -82,7 +83,30 @@ def to_conversation(row: Any, fmt: Format, system: str | None) -> Conversation:
             raise FormatError(f"the field 'tools' is not JSON: {error}") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise FormatError("the field 'tools' must be a list of JSON schemas")
-    return Conversation(fmt.to_messages(row, system), tools or None)
+    messages, untrained = _take_out_loss_keys(fmt.to_messages(row, system))
+    return Conversation(messages, tools or None, untrained)
+
+
+def _take_out_loss_keys(messages: list[Message]) -> tuple[list[Message], frozenset[int]]:
+    """The messages without the keys that say whether they carry loss, and the indexes of the answers that do not."""
+    if all(map(LOSS_KEYS.isdisjoint, messages)):
+        return messages, frozenset()
+    untrained = []
+    for index, message in enumerate(messages):
+        marks = {key: message[key] for key in sorted(LOSS_KEYS) if message.get(key) is not None}
+        for key, value in marks.items():
+            if value not in (0, 1):  # which false and true equal
+                raise FormatError(f"a message has {key}: {json.dumps(value)}; give true or false")
+        if len(set(marks.values())) > 1:
+            raise FormatError(f"a message has {' and '.join(marks)}, which disagree; keep one")
+        if message["role"] == "assistant" and not all(marks.values()):
+            untrained.append(index)
+        elif message["role"] != "assistant" and any(marks.values()):
+            raise FormatError(
+                f"a message of role {message['role']} has {next(iter(marks))}: true; only answers carry loss"
+            )
+    plain = [{key: value for key, value in message.items() if key not in LOSS_KEYS} for message in messages]
+    return plain, frozenset(untrained)
 
 
 def _from_json(text: str) -> Any:

@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         ("hash", pa.int64()),
     ]
 )
+UNTRAINED = "answers that their rows take out of the loss"
 UNREADABLE, CONTROL, OVERLONG = "bad row", "control token", "over-long"
 
 
@@ -103,22 +104,32 @@ class Tokeniser:
         try:
             if isinstance(encoded, FormatError):
                 raise encoded
-            if not encoded.turns:
+            if not self._trained_turns(conversation, encoded):
                 raise FormatError("there is no assistant turn to train on")
             if len(encoded.input_ids) > self._max_length:
                 shorter = self._trimmed(conversation, encoded) if self._trims else None
-                if shorter is None:
+                if shorter is None or not self._trained_turns(conversation, shorter):
                     return self._overlong(line, len(encoded.input_ids))
                 encoded, trimmed = shorter, True
         except FormatError as error:
             return Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
         input_ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int32)
-        turns = list(encoded.turns[-1:] if self._last_turn_only else encoded.turns)
-        return TokenRow(line, input_ids, turns, trimmed, encoded.notes)
+        answers = assistant_turns(conversation.messages)[: len(encoded.turns)] if conversation.untrained else []
+        taken_out = (UNTRAINED,) * len(conversation.untrained.intersection(answers))
+        turns = self._trained_turns(conversation, encoded)
+        return TokenRow(line, input_ids, turns, trimmed, (*encoded.notes, *taken_out))
+
+    def _trained_turns(self, conversation: Conversation, encoded: Encoded) -> list[Turn]:
+        """The turns that carry loss, of the conversation or of a beginning of it."""
+        turns = list(encoded.turns)
+        if conversation.untrained:
+            answers = zip(assistant_turns(conversation.messages), turns, strict=False)
+            turns = [turn for answer, turn in answers if answer not in conversation.untrained]
+        return [turn for turn in turns if turn == encoded.turns[-1]] if self._last_turn_only else turns
 
     def _trimmed(self, conversation: Conversation, encoded: Encoded) -> Encoded | None:
         """The longest beginning that ends with an answer and fits, encoded as the conversation that it then is."""
-        messages, tools = conversation
+        messages, tools, _ = conversation
         for answer, (_, stop) in reversed(list(zip(assistant_turns(messages), encoded.turns, strict=True))):
             if stop <= self._max_length and answer + 1 < len(messages):
                 shorter = self._encoder.encode(messages[: answer + 1], tools)

@@ -19,7 +19,7 @@ from sft.data.packing import pack
 from sft.data.row_formats import RowReader
 from sft.data.rows import DataFile, expand, read_rows
 from sft.data.token_rows import Split, TokenRows
-from sft.data.tokens import FileTokeniser, TokenFile, tokenise_file
+from sft.data.tokens import FileTokeniser, TokenFile, finds_near_copies, tokenise_file
 from sft.errors import DataError
 from sft.recipe import Recipe, Source
 
@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
         share = getattr(options, name)
         if isinstance(share, float):
             splits[name] = _hold_out(splits["train"], name, share, recipe)
-    data = Data(encoder, None, files=files, ledger=make_ledger(splits))
+    data = Data(encoder, None, files=files, ledger=make_ledger(splits, finds_near_copies(recipe)))
     if "test" in splits:
         data.test_conversations = _conversations(splits["test"], recipe)
     if "train" in splits:

@@ -10,9 +10,10 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 from weakref import WeakKeyDictionary
 
 import datasets
@@ -25,6 +26,7 @@ from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
 from sft.data.row_formats import FORMATS, RowReader
 from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_rows
+from sft.data.signatures import SIGNATURE_BYTES, signatures, text_of
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
 from sft.files import whole_folder
@@ -78,12 +80,16 @@ class Facts(TypedDict, total=False):
 
 @dataclass
 class TokenFile:
-    """One tokenised file: its rows memory-mapped, its part of the ledger."""
+    """One tokenised file: its rows memory-mapped, its part of the ledger.
+
+    signatures: of each row, uint8, (rows, SIGNATURE_BYTES), memory-mapped; none where near copies are not looked for.
+    """
 
     path: DataFile
     rows: datasets.Dataset
     facts: Facts
     problems: list[Problem]
+    signatures: np.ndarray = field(default_factory=partial(np.zeros, (0, SIGNATURE_BYTES), np.uint8))
 
 
 # --------------------------------------------------------------------------------------------------------- tokenising
@@ -146,14 +152,16 @@ class Tokeniser:
 class FileTokeniser:
     """Tokenises one file, row by row in order, and counts what became of the rows.
 
-    problems: of the rows so far, not in order. format_name: a file of formats/, or "auto".
+    problems: of the rows so far, not in order. format_name: a file of formats/, or "auto". signatures: where those of
+    the rows are written, if they are to be.
     """
 
-    def __init__(self, encoder: ChatEncoder, recipe: Recipe, format_name: str):
+    def __init__(self, encoder: ChatEncoder, recipe: Recipe, format_name: str, signatures: BinaryIO | None = None):
         self.problems: list[Problem] = []
         self.rows_read = 0
         self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
         self.reader = RowReader(format_name, recipe.dataset.columns, recipe.dataset.system)
+        self._signatures = signatures
         self._trimmed: list[int] = []
         self._notes: dict[str, int] = defaultdict(int)
         self._used = self._tokens = self._supervised = 0
@@ -199,6 +207,7 @@ class FileTokeniser:
 
     def _to_arrow(self, batch: list[tuple[int, Conversation]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
         rows: list[TokenRow] = []
+        said: list[str] = []
         for (line, conversation), result in zip(batch, encoded, strict=True):
             row = self._tokeniser.tokenise(line, conversation, result)
             if isinstance(row, Problem):
@@ -206,6 +215,10 @@ class FileTokeniser:
             else:
                 rows.append(row)
                 self._count(row)
+                if self._signatures:
+                    said.append(text_of(conversation.messages))
+        if self._signatures:
+            self._signatures.write(signatures(said).tobytes())
         lengths = [len(row.input_ids) for row in rows]
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
         # +1 where a turn starts, -1 where it stops; summed up that is the mask. Turns are apart and not empty.
@@ -277,16 +290,26 @@ def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     problems = [Problem(*problem) for problem in facts.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return TokenFile(file, rows, {"sha256": digest, **facts}, problems)
+    tokens = TokenFile(file, rows, {"sha256": digest, **facts}, problems)
+    if finds_near_copies(recipe) and len(rows):  # no system maps an empty file
+        tokens.signatures = np.memmap(folder / "signatures", np.uint8, "r", shape=(len(rows), SIGNATURE_BYTES))
+    return tokens
+
+
+def finds_near_copies(recipe: Recipe) -> bool:
+    """Whether rows of the test split are looked up among those of the training split."""
+    options = recipe.dataset
+    return options.near_duplicates == "report" and options.test is not None and not options.streaming
 
 
 def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
-    tokeniser = FileTokeniser(encoder, recipe, fmt)
     with (
         tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
         open(folder / "rows.arrow", "wb") as sink,
+        open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
+        tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
         for batch in tokeniser.batches(read_rows(file)):
             writer.write_batch(batch)
             bar.update(tokeniser.rows_read - bar.n)
@@ -328,7 +351,8 @@ def _options(recipe: Recipe) -> list[Any]:
     options = recipe.dataset
     trim = options.overlength == "trim"
     control_as_text = options.control_tokens == "text"
-    return [options.system, options.columns, options.max_length, trim, control_as_text, recipe.chat.loss_on]
+    rows = [options.system, options.columns, options.max_length, trim, control_as_text, recipe.chat.loss_on]
+    return [*rows, finds_near_copies(recipe)]
 
 
 def _code_digest(fmt: str) -> str:

@@ -224,7 +224,7 @@ def test_columns_rename_the_keys_of_rows_and_of_turns(run, tokenizer, row):
 
 
 def test_columns_may_trade_names_and_leave_tools_alone(run):
-    tools = [{"name": "f", "question": 1}]
+    tools = [{"name": "f", "query": 1}]
     row = {"query": "2", "response": "1", "tools": tools}
     write("train.jsonl", row)
     write("test.jsonl", row)

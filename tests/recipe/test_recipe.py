@@ -128,6 +128,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "max_lost": 0.05,
             "packing": True,
             "columns": None,
+            "near_duplicates": "report",
             "num_proc": None,
             "streaming": False,
         },

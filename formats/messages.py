@@ -1,7 +1,8 @@
 """Rows {"messages": [{"role", "content", ...}, ...], "tools" (optional)}: as chat templates and servers take them.
 
 An assistant message may bring `tool_calls` instead of content, and the tools' answers have the role "tool". `tools` is
-a list of JSON schemas, or its text. Other keys of a message (`reasoning_content`, ...) go to the template as they are.
+a list of JSON schemas, or its text. An answer with `train`, `loss` or `weight` false (0) is mere context. Other keys of
+a message (`reasoning_content`, ...) go to the template as they are.
 
 >>> to_messages({"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]})
 [{'role': 'user', 'content': 'Hi.'}, {'role': 'assistant', 'content': 'Hello.'}]

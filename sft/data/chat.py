@@ -184,7 +184,7 @@ class ChatEncoder:
                 rendered.careful.append(i)
                 continue
             try:
-                rendered.texts.append(self.render(*conversation))
+                rendered.texts.append(self.render(conversation.messages, conversation.tools))
             except FormatError:
                 rendered.careful.append(i)  # which says so again
                 continue
@@ -208,7 +208,7 @@ class ChatEncoder:
 
     def _encode_or_error(self, conversation: Conversation) -> Encoded | FormatError:
         try:
-            return self.encode(*conversation)
+            return self.encode(conversation.messages, conversation.tools)
         except FormatError as error:
             return error
 

@@ -8,10 +8,11 @@ Tools = list[dict[str, Any]]
 
 
 class Conversation(NamedTuple):
-    """What a format makes of a row."""
+    """What a format makes of a row. untrained: the indexes of the answers that carry no loss, though others may."""
 
     messages: list[Message]
     tools: Tools | None = None
+    untrained: frozenset[int] = frozenset()
 
 
 def assistant_turns(messages: Sequence[Message]) -> list[int]:

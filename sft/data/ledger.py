@@ -5,6 +5,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from sft.data.near_copies import NearCopies, find_near_copies
 from sft.data.token_rows import Split
 from sft.data.tokens import Facts, TokenFile
 
@@ -27,12 +28,17 @@ class NamedRows(TypedDict):
 
 
 class Ledger(TypedDict, total=False):
-    """What data_ledger.json holds. rows, packing: of each split; samples: rows with their masks as text."""
+    """What data_ledger.json holds.
+
+    rows, packing: of each split. test_in_train, near_duplicates: rows of the test split that a training row equals, or
+    nearly equals. samples: rows with their masks as text.
+    """
 
     files: list[LedgerFile]
     rows: dict[str, int]
     duplicates: NamedRows
     test_in_train: NamedRows
+    near_duplicates: NamedRows
     packing: dict[str, int]
     streamed: list[str]
     samples: list[dict[str, Any]]
@@ -41,8 +47,8 @@ class Ledger(TypedDict, total=False):
 NAMED = 20
 
 
-def make_ledger(splits: dict[str, Split]) -> Ledger:
-    """The ledger of splits that have been chosen."""
+def make_ledger(splits: dict[str, Split], near_copies: bool = False) -> Ledger:
+    """The ledger of splits that have been chosen. near_copies: look for these too."""
     ledger: Ledger = {
         "files": [
             _ledger_file(split.name, file, weight)
@@ -55,7 +61,15 @@ def make_ledger(splits: dict[str, Split]) -> Ledger:
     if "train" in splits:
         ledger["duplicates"] = find_repeats(splits["train"])
     if "train" in splits and "test" in splits:
-        ledger["test_in_train"] = _find_leaks(splits["train"], splits["test"])
+        train, test = splits["train"], splits["test"]
+        leaked = _find_leaks(train, test)
+        ledger["test_in_train"] = {
+            "rows": int(leaked.sum()),
+            "named": [test.rows.place(int(index)) for index in test.chosen[leaked][:NAMED]],
+        }
+        if near_copies:
+            others = Split(test.name, test.rows, test.chosen[~leaked])
+            ledger["near_duplicates"] = _named(find_near_copies(others, train), test, train)
     return ledger
 
 
@@ -67,7 +81,7 @@ def _ledger_file(split: str, file: TokenFile, weight: float) -> LedgerFile:
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
     return {
         "split": split,
-        "path": file.path,
+        "path": str(file.path),
         "weight": weight,
         **facts,
         "supervised_share": round(share, 4),
@@ -93,14 +107,21 @@ def find_repeats(split: Split) -> NamedRows:
     return {"rows": count, "named": [f"{place(later)} = {place(first)}" for later, first in sorted(pairs)[:NAMED]]}
 
 
-def _find_leaks(train: Split, test: Split) -> NamedRows:
-    """Rows of the test split that are in the training split."""
+def _find_leaks(train: Split, test: Split) -> np.ndarray:
+    """Which chosen rows of the test split are in the training split, bool."""
     trained = train.rows.hashes[train.chosen]
     trained.sort()
     hashes = test.rows.hashes[test.chosen]
     at = np.searchsorted(trained, hashes)
-    leaked = test.chosen[trained[np.minimum(at, len(trained) - 1)] == hashes]
-    return {"rows": len(leaked), "named": [test.rows.place(int(index)) for index in leaked[:NAMED]]}
+    return trained[np.minimum(at, len(trained) - 1)] == hashes
+
+
+def _named(found: NearCopies, test: Split, train: Split) -> NamedRows:
+    """The most similar first, as "test row ~ training row (similarity)"."""
+    order = np.argsort(-found.similarity, kind="stable")[:NAMED]
+    places = [(test.rows.place(int(found.rows[i])), train.rows.place(int(found.copied[i]))) for i in order]
+    named = [f"{row} ~ {copied} ({found.similarity[i]:.0%})" for i, (row, copied) in zip(order, places, strict=True)]
+    return {"rows": len(found.rows), "named": named}
 
 
 # ------------------------------------------------------------------------------------------------------- the terminal
@@ -129,6 +150,9 @@ def ledger_table(ledger: Ledger) -> str:
     if (leaks := ledger.get("test_in_train")) and leaks["rows"]:
         named = ", ".join(leaks["named"][:5])
         text.append(f"WARNING: {leaks['rows']:,} rows of the test split are in the training split too: {named}")
+    if (near := ledger.get("near_duplicates")) and near["rows"]:
+        named = ", ".join(near["named"][:5])
+        text.append(f"WARNING: {near['rows']:,} other rows of the test split nearly repeat a training row: {named}")
     return "\n".join(text)
 
 

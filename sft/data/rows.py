@@ -1,139 +1,158 @@
-"""Files -> rows -> conversations: the formats, and the readers of JSON lines, JSON arrays and hub data sets."""
+"""Files -> rows: JSON lines, JSON arrays and tables, packed or not; Parquet and hub data sets.
 
+Each is read piece by piece, so that a file may be larger than memory.
+"""
+
+import csv
 import glob
-import importlib
+import gzip
+import hashlib
+import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
-from sft.data.conversation import Conversation
 from sft.errors import DataError, FormatError
 from sft.recipe import Recipe, Source
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 HUB_TIMEOUT_SECONDS = 10
-FORMATS = Path(__file__).resolve().parents[2] / "formats"
+ARROW_BATCH = 1000  # rows of an Arrow table that are Python objects at once
+PARQUET_BUFFER = 2**16  # bytes of a column read at once
+ARRAY_CHUNK = 2**20  # characters of a JSON array read at once
+SPACE = re.compile(r"[ \t\r\n]*")
+NEWLINE = "\n"
+MAX_CELL = 2**31 - 1  # characters; what Python's csv module takes on every system
+
+Rows = Iterator[tuple[int, Any]]  # (line or row, from 1; the row, or a FormatError where it cannot be read)
 
 
-class Format(NamedTuple):
-    name: str
-    fields: dict[str, dict[str, Any]]
-    to_messages: Callable[..., list[dict[str, Any]]]
+class HubDataset(NamedTuple):
+    """A split of a data set that `datasets.load_dataset` knows: of the hub, or a local folder."""
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+
+    def __str__(self) -> str:
+        if self.subset is None and self.split == "train":
+            return self.path
+        return f"{self.path} ({self.subset}, {self.split})" if self.subset else f"{self.path} ({self.split})"
 
 
-def load_formats() -> dict[str, Format]:
-    """Every file of formats/ by its name."""
-    root = str(FORMATS.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    found = {}
-    for path in sorted(FORMATS.glob("*.py")):
-        if path.stem != "__init__":
-            module = importlib.import_module(f"formats.{path.stem}")
-            found[path.stem] = Format(path.stem, module.FIELDS, module.to_messages)
-    return found
+DataFile = Path | HubDataset
 
 
-def detect_format(row: Any) -> Format:
-    """The format whose required fields a row has; of several, the one that asks for the most.
-
-    Raises: FormatError: no format fits.
-    """
-    formats = load_formats()
-    fits = [f for f in formats.values() if isinstance(row, dict) and all(key in row for key in f.fields["required"])]
-    if fits:
-        return max(fits, key=lambda f: len(f.fields["required"]))
-    wants = "; ".join(f"{f.name}: {', '.join(f.fields['required'])}" for f in formats.values())
-    found = f"the fields {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__
-    raise FormatError(f"no format fits {found}; the required fields are {wants}")
-
-
-def to_conversation(row: Any, fmt: Format, system: str | None) -> Conversation:
-    """Checks a row's fields and reads it. Raises: FormatError: what is wrong with it."""
-    if not isinstance(row, dict):
-        raise FormatError(f"the row is {_json_type(row)}, not an object")
-    for kind in ("required", "optional"):
-        for key, types in fmt.fields[kind].items():
-            value = row.get(key)
-            if value is None:
-                if kind == "required":
-                    raise FormatError(f"the field {key!r} is {'null' if key in row else 'missing'} (format {fmt.name})")
-            elif not isinstance(value, types):
-                raise FormatError(f"the field {key!r} is {_json_type(value)}, not {_type_names(types)}")
-    tools = row.get("tools") if "tools" in fmt.fields["optional"] else None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise FormatError(f"the field 'tools' is not JSON: {error}") from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise FormatError("the field 'tools' must be a list of JSON schemas")
-    return Conversation(fmt.to_messages(row, system), tools or None)
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _type_names(types: type | tuple[type, ...]) -> str:
-    names = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "a boolean"}
-    return " or ".join(names.get(t, t.__name__) for t in (types if isinstance(types, tuple) else (types,)))
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-def expand(source: Source, recipe: Recipe, key: str) -> list[Path | str]:
-    """The files of a source, or the hub id it is. Raises: RecipeError: neither."""
-    path = Path(source.path)
-    if path.is_file():
-        return [path]
+def expand(source: Source, recipe: Recipe, key: str) -> list[DataFile]:
+    """The files of a source, or the data set it is. Raises: RecipeError: neither, or no type of file that is read."""
+    path, dataset = Path(source.path), HubDataset(source.path, source.subset, source.split or "train")
+    has_split = source.subset is not None or source.split is not None
     if path.is_dir():
-        raise recipe.error(key, f"{source.path} is a directory; name its files, e.g. {source.path.rstrip('/')}/*.jsonl")
-    if any(c in source.path for c in "*?["):
+        if has_split:
+            return [dataset]
+        pattern = f"{source.path.rstrip('/')}/*.jsonl"
+        raise recipe.error(
+            key, f"{source.path} is a directory; name its files, e.g. {pattern}, or, of a hub data set's copy, a split"
+        )
+    files: list[Path] = [path] if path.is_file() else []
+    if not files and any(c in source.path for c in "*?["):
         files = [Path(name) for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_file()]
-        if files:
-            return list(files)
-        raise recipe.error(key, f"no file matches {source.path} (working directory: {Path.cwd()})")
+        if not files:
+            raise recipe.error(key, f"no file matches {source.path} (working directory: {Path.cwd()})")
+    for file in files:
+        if has_split:
+            raise recipe.error(key, f"{file} is a file: it has no subset and no split; take these out")
+        if file_type(file) is None:
+            known = f"{', '.join(READERS)}, and each but .parquet with .gz or .zst after it"
+            raise recipe.error(key, f"{file} has no ending of a file that can be read: {known}")
+    if files:
+        return list(files)
     beside = recipe.path.parent / source.path
     hint = f"; {beside} exists: paths are relative to the working directory" if beside.exists() else ""
-    if hint or path.suffix or source.path.count("/") != 1 or source.path.startswith((".", "/", "~")):
+    is_hub_id = source.path.count("/") <= 1 if has_split else source.path.count("/") == 1 and not path.suffix
+    if hint or not is_hub_id or source.path.startswith((".", "/", "~")):
         raise recipe.error(key, f"there is no file {source.path} (working directory: {Path.cwd()}){hint}")
-    return [source.path]
+    return [dataset]
 
 
-def read_rows(file: Path | str) -> Iterator[tuple[int, Any]]:
-    """(line, row) of a JSON lines file, a JSON array or a hub data set; a row that cannot be read is a FormatError.
+def read_rows(file: DataFile) -> Rows:
+    """The rows of a file, each with its line (JSON lines) or row (the others), both counted from 1.
 
-    Raises: DataError: the file as a whole cannot be read.
+    Raises: DataError: the file as a whole cannot be read, or not to its end.
     """
-    if isinstance(file, str):
-        yield from _hub_rows(file)
+    if isinstance(file, HubDataset):
+        yield from _dataset_rows(file)
         return
+    last = 0
     try:
-        with open(file, "rb") as stream:
-            head = stream.read(4)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[1:2] == b"\0":
-                raise DataError(f"{file}: is UTF-16, not UTF-8; save it as UTF-8")
-            stream.seek(3 if head[:3] == b"\xef\xbb\xbf" else 0)
-            empty = True
-            for number, line in enumerate(stream, start=1):
-                if line.isspace():
-                    continue
-                if empty and line.lstrip()[:1] == b"[":
-                    yield from _array_rows(file)
-                    return
-                empty = False
-                yield number, _parsed(line)
+        for last, row in READERS[file_type(file) or ""](file):
+            yield last, row
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    if empty:
-        raise DataError(f"{file}: is empty; one JSON object a line is needed")
+        reason = error.strerror or str(error)  # gzip's own has no strerror
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}); if it is GBK or the like, save it as UTF-8"
+    except (EOFError, zlib.error, zstd.ZstdError, csv.Error, pa.ArrowException) as error:
+        reason = str(error)
+    else:
+        if not last:
+            raise DataError(f"{file}: is empty; rows are needed, e.g. one JSON object a line")
+        return
+    beyond = f" beyond row {last}" if last else ""
+    raise DataError(f"{file}: cannot be read{beyond}: {reason.splitlines()[0]}")
+
+
+def file_type(file: DataFile) -> str | None:
+    """The ending that says how a file is read, in lower case, without that of a compression; None: no known one."""
+    if isinstance(file, HubDataset):
+        return None
+    name = file.name.lower()
+    unpacked = next((name.removesuffix(ending) for ending in UNPACKERS if name.endswith(ending)), name)
+    ending = Path(unpacked).suffix
+    return ending if ending in READERS and (ending != ".parquet" or unpacked == name) else None
+
+
+def _open(file: Path) -> BinaryIO:
+    """The file as bytes, unpacked. Raises: DataError: it is UTF-16."""
+    stream = UNPACKERS.get(file.suffix.lower(), partial(open, mode="rb"))(file)
+    head = stream.read(2)
+    if head in (b"\xff\xfe", b"\xfe\xff") or head[1:] == b"\0":
+        stream.close()
+        raise DataError(f"{file}: is UTF-16, not UTF-8; save it as UTF-8")
+    stream.seek(0)
+    return stream
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _json_rows(file: Path) -> Rows:
+    """JSON lines, or the elements of an array."""
+    with _open(file) as stream:
+        begin = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0
+        stream.seek(begin)
+        while (first := stream.read(1)).isspace():
+            pass
+        stream.seek(begin)
+        if first == b"[":
+            yield from enumerate(_array_elements(file, io.TextIOWrapper(stream, encoding="utf-8")), start=1)
+            return
+        for number, line in enumerate(stream, start=1):
+            if not line.isspace():
+                yield number, _parsed(line)
 
 
 def _parsed(line: bytes) -> Any:
@@ -160,31 +179,146 @@ def _whole(row: Any) -> Any:
     return row
 
 
-def _array_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: begins as a JSON array and is not one: {error}") from None
-    if not rows:
-        raise DataError(f"{file}: is an empty array")
-    yield from enumerate(map(_whole, rows), start=1)
+def _array_elements(file: Path, text: io.TextIOWrapper) -> Iterator[Any]:
+    """The elements of a JSON array, one by one: `[{"a": 1}, {"a": 2}]` as {"a": 1}, then {"a": 2}."""
+    decode = json.JSONDecoder().raw_decode
+    buffer, line, number = text.read(ARRAY_CHUNK), 1, 0
+    while "[" not in buffer:  # only space so far
+        buffer += text.read(ARRAY_CHUNK)
+    at = buffer.index("[") + 1  # where the next element may begin
+    while True:
+        try:
+            begin = _after_space(buffer, at)
+            if number == 0 and buffer[begin : begin + 1] == "]":
+                end_of_element = begin
+            else:
+                element, end = decode(buffer, begin)
+                end_of_element = _after_space(buffer, end)
+                if buffer[end_of_element : end_of_element + 1] not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", buffer, end_of_element)
+                number += 1
+                has_surrogate = any(buffer.find(half, begin, end) >= 0 for half in ("\\ud", "\\uD"))
+                yield _whole(element) if has_surrogate else element
+        except json.JSONDecodeError as error:
+            # The buffer may end within the element: then the error is at its end, or where an open text begins.
+            is_cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
+            more = text.read(max(ARRAY_CHUNK, len(buffer))) if is_cut else ""
+            if not more:
+                place = f"row {number + 1}, line {line + buffer.count(NEWLINE, 0, error.pos)}"
+                raise DataError(f"{file}: begins as a JSON array and is not one: {error.msg} ({place})") from None
+            line += buffer.count(NEWLINE, 0, at)
+            buffer, at = buffer[at:] + more, 0
+            continue
+        except RecursionError:
+            raise DataError(f"{file}: row {number + 1} is JSON nested too deep to read") from None
+        at = end_of_element + 1
+        if buffer[end_of_element] == "]":
+            break
+    rest = buffer[at:]
+    while rest.isspace() or not rest:
+        if not (rest := text.read(ARRAY_CHUNK)):
+            return
+    raise DataError(f"{file}: has more text after the end of its JSON array, after row {number}")
 
 
-def hub_revision(name: str) -> str:
-    """The commit of a hub data set. Raises: DataError: the hub does not know it, or does not answer."""
+def _after_space(text: str, at: int) -> int:
+    """The place of the first character from `at` on that is no white space."""
+    found = SPACE.match(text, at)
+    return found.end() if found else at
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _table_rows(file: Path, delimiter: str) -> Rows:
+    """Rows below the header, all cells text; an empty cell is an absent key. Quoted cells may hold line breaks."""
+    csv.field_size_limit(MAX_CELL)  # of the whole process; Python's own limit is 131,072
+    with _open(file) as stream:
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        header = next((cells for cells in table if cells), [])
+        if twice := next((name for name in header if name and header.count(name) > 1), None):
+            raise DataError(f"{file}: two columns are called {twice!r}; rename one")
+        for number, cells in enumerate((cells for cells in table if cells), start=1):
+            if len(cells) == len(header):
+                yield number, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+            else:
+                yield number, FormatError(f"has {len(cells)} cells, and the header has {len(header)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- Arrow
+
+
+def _parquet_rows(file: Path) -> Rows:
+    # Not by datasets.load_dataset, which holds a row group several times: 726 MiB for a file of 155, this 64.
+    with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False) as parquet:
+        schema = parquet.schema_arrow
+        written_by_datasets = b"huggingface" in (schema.metadata or {})
+        features = datasets.Features.from_arrow_schema(schema) if written_by_datasets else {}
+        yield from _arrow_rows(parquet.iter_batches(ARROW_BATCH), features)
+
+
+def _arrow_rows(tables: Iterable[pa.Table | pa.RecordBatch], features: dict[str, Any]) -> Rows:
+    batches = (table.to_pylist() for table in tables)
+    yield from enumerate((_without_padding(row, features) for batch in batches for row in batch), start=1)
+
+
+def _without_padding(value: Any, feature: Any) -> Any:
+    """The value without the keys that Arrow adds, with null, where other rows have them.
+
+    A null in a list stays, and any null within JSON (text, or a feature `Json`), for Arrow pads neither.
+    """
+    if isinstance(feature, datasets.Json):
+        return json.loads(value) if isinstance(value, str) else value
+    if isinstance(value, dict):
+        kinds = feature if isinstance(feature, dict) else {}
+        return {k: _without_padding(item, kinds.get(k)) for k, item in value.items() if item is not None}
+    if isinstance(value, list):
+        kind = getattr(feature, "feature", None)
+        return [_without_padding(item, kind) for item in value]
+    return value
+
+
+def dataset_digest(dataset: HubDataset) -> str:
+    """The commit of a hub data set, or the digest of a local folder's files.
+
+    Raises: DataError: the hub does not know it, or does not answer.
+    """
+    folder = Path(dataset.path)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with open(path, "rb") as stream:
+                digest.update(f"{path}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
+        return digest.hexdigest()
     try:
-        return str(HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS).sha)
+        return str(HfApi().dataset_info(dataset.path, timeout=HUB_TIMEOUT_SECONDS).sha)
     except Exception as error:  # whatever the hub client raises, it is about this name or the network
-        raise DataError(_not_given(name, error)) from None
+        raise DataError(_not_given(dataset, error)) from None
 
 
-def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
+def _dataset_rows(dataset: HubDataset) -> Rows:
+    path, subset, split = dataset
     try:
-        yield from enumerate(datasets.load_dataset(name, split="train", streaming=True), start=1)
+        rows = datasets.load_dataset(path, subset, split=split, streaming=True)
+        tables = rows.with_format("arrow").iter(ARROW_BATCH)  # 40 times as fast as the library's own decoding
+        yield from _arrow_rows(tables, rows.features or {})
     except Exception as error:
-        raise DataError(_not_given(name, error)) from None
+        raise DataError(_not_given(dataset, error)) from None
 
 
-def _not_given(name: str, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{name}: is no file here, and the hub does not give it: {reason}"
+def _not_given(dataset: HubDataset, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    if Path(dataset.path).is_dir():
+        return f"{dataset}: datasets.load_dataset cannot read this folder: {reason}"
+    return f"{dataset}: is no file here, and the hub does not give it: {reason}"
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+    ".csv": partial(_table_rows, delimiter=","),
+    ".tsv": partial(_table_rows, delimiter="\t"),
+}
+UNPACKERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": zstd.open}

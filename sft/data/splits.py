@@ -16,9 +16,10 @@ from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation
 from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack
-from sft.data.rows import expand, load_formats, read_rows, to_conversation
+from sft.data.row_formats import RowReader
+from sft.data.rows import DataFile, expand, read_rows
 from sft.data.token_rows import Split, TokenRows
-from sft.data.tokens import FileTokeniser, TokenFile, tokenise_file
+from sft.data.tokens import FileTokeniser, TokenFile, finds_near_copies, tokenise_file
 from sft.errors import DataError
 from sft.recipe import Recipe, Source
 
@@ -59,7 +60,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
         share = getattr(options, name)
         if isinstance(share, float):
             splits[name] = _hold_out(splits["train"], name, share, recipe)
-    data = Data(encoder, None, files=files, ledger=make_ledger(splits))
+    data = Data(encoder, None, files=files, ledger=make_ledger(splits, finds_near_copies(recipe)))
     if "test" in splits:
         data.test_conversations = _conversations(splits["test"], recipe)
     if "train" in splits:
@@ -92,7 +93,7 @@ def _tokenise_splits(
             key = (str(file), source.format)
             files[key] = files.get(key) or tokenise_file(file, source.format, encoder, recipe)
             sources[name].append((files[key], source.weight))
-    refuse_problems([(file.path, file.problems) for file in files.values()], recipe)
+    refuse_problems([(str(file.path), file.problems) for file in files.values()], recipe)
     splits = {}
     for name, entries in sources.items():
         rows = TokenRows([file for file, _ in entries], [weight for _, weight in entries])
@@ -101,12 +102,12 @@ def _tokenise_splits(
     return splits, list(files.values())
 
 
-def _files(recipe: Recipe, split: str) -> list[tuple[Source, Path | str]]:
+def _files(recipe: Recipe, split: str) -> list[tuple[Source, DataFile]]:
     """The files of a split, each with the source that names it. Raises: RecipeError: one is named twice."""
-    found: dict[str, tuple[Source, Path | str]] = {}
+    found: dict[str, tuple[Source, DataFile]] = {}
     for source in getattr(recipe.dataset, split):
         for file in expand(source, recipe, f"dataset.{split}"):
-            place = os.path.realpath(file) if isinstance(file, Path) else file
+            place = os.path.realpath(file) if isinstance(file, Path) else str(file)
             if place in found:
                 raise recipe.error(
                     f"dataset.{split}",
@@ -158,10 +159,10 @@ def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]
     found: list[tuple[str, Conversation]] = []
     for file, inside in test.rows.by_file(test.chosen):
         lines = set(file.rows.data.column("line").to_numpy()[inside].tolist())
-        fmt = load_formats()[str(file.facts["format"])]
-        for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
+        reader = RowReader(str(file.facts["format"]), recipe.dataset.columns, recipe.dataset.system)
+        for line, row in read_rows(file.path):
             if line in lines:
-                found.append((f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)))
+                found.append((f"{file.path}:{line}", reader.read(row)))
     return found
 
 
@@ -176,7 +177,7 @@ def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:
 
 
 def _streamed_rows(
-    files: tuple[tuple[Source, Path | str], ...], encoder: ChatEncoder, recipe: Recipe
+    files: tuple[tuple[Source, Path | HubDataset], ...], encoder: ChatEncoder, recipe: Recipe
 ) -> Iterator[dict[str, Any]]:
     """A function of the module, so that worker processes can be given it."""
     given = 0
@@ -188,6 +189,7 @@ def _streamed_rows(
             given += len(batch)
             for row in batch.to_pylist():
                 yield {"input_ids": row["input_ids"], "assistant_mask": row["assistant_mask"]}
+        tokeniser.reader.refuse_unused_columns(file)
         refuse_problems([(str(file), tokeniser.problems)], recipe)
     if not given:
         raise DataError("no row of dataset.train is left to use")

@@ -10,9 +10,10 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 from weakref import WeakKeyDictionary
 
 import datasets
@@ -23,7 +24,9 @@ from tqdm.auto import tqdm
 
 from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
-from sft.data.rows import FORMATS, detect_format, hub_revision, load_formats, read_rows, to_conversation
+from sft.data.row_formats import FORMATS, RowReader
+from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_rows
+from sft.data.signatures import SIGNATURE_BYTES, signatures, text_of
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
 from sft.files import whole_folder
@@ -39,6 +42,7 @@ SCHEMA = pa.schema(
         ("hash", pa.int64()),
     ]
 )
+UNTRAINED = "answers that their rows take out of the loss"
 UNREADABLE, CONTROL, OVERLONG = "bad row", "control token", "over-long"
 
 
@@ -76,12 +80,16 @@ class Facts(TypedDict, total=False):
 
 @dataclass
 class TokenFile:
-    """One tokenised file: its rows memory-mapped, its part of the ledger."""
+    """One tokenised file: its rows memory-mapped, its part of the ledger.
 
-    path: str
+    signatures: of each row, uint8, (rows, SIGNATURE_BYTES), memory-mapped; none where near copies are not looked for.
+    """
+
+    path: DataFile
     rows: datasets.Dataset
     facts: Facts
     problems: list[Problem]
+    signatures: np.ndarray = field(default_factory=partial(np.zeros, (0, SIGNATURE_BYTES), np.uint8))
 
 
 # --------------------------------------------------------------------------------------------------------- tokenising
@@ -102,22 +110,32 @@ class Tokeniser:
         try:
             if isinstance(encoded, FormatError):
                 raise encoded
-            if not encoded.turns:
+            if not self._trained_turns(conversation, encoded):
                 raise FormatError("there is no assistant turn to train on")
             if len(encoded.input_ids) > self._max_length:
                 shorter = self._trimmed(conversation, encoded) if self._trims else None
-                if shorter is None:
+                if shorter is None or not self._trained_turns(conversation, shorter):
                     return self._overlong(line, len(encoded.input_ids))
                 encoded, trimmed = shorter, True
         except FormatError as error:
             return Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
         input_ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int32)
-        turns = list(encoded.turns[-1:] if self._last_turn_only else encoded.turns)
-        return TokenRow(line, input_ids, turns, trimmed, encoded.notes)
+        answers = assistant_turns(conversation.messages)[: len(encoded.turns)] if conversation.untrained else []
+        taken_out = (UNTRAINED,) * len(conversation.untrained.intersection(answers))
+        turns = self._trained_turns(conversation, encoded)
+        return TokenRow(line, input_ids, turns, trimmed, (*encoded.notes, *taken_out))
+
+    def _trained_turns(self, conversation: Conversation, encoded: Encoded) -> list[Turn]:
+        """The turns that carry loss, of the conversation or of a beginning of it."""
+        turns = list(encoded.turns)
+        if conversation.untrained:
+            answers = zip(assistant_turns(conversation.messages), turns, strict=False)
+            turns = [turn for answer, turn in answers if answer not in conversation.untrained]
+        return [turn for turn in turns if turn == encoded.turns[-1]] if self._last_turn_only else turns
 
     def _trimmed(self, conversation: Conversation, encoded: Encoded) -> Encoded | None:
         """The longest beginning that ends with an answer and fits, encoded as the conversation that it then is."""
-        messages, tools = conversation
+        messages, tools, _ = conversation
         for answer, (_, stop) in reversed(list(zip(assistant_turns(messages), encoded.turns, strict=True))):
             if stop <= self._max_length and answer + 1 < len(messages):
                 shorter = self._encoder.encode(messages[: answer + 1], tools)
@@ -134,15 +152,16 @@ class Tokeniser:
 class FileTokeniser:
     """Tokenises one file, row by row in order, and counts what became of the rows.
 
-    problems: of the rows so far, not in order. format_name: a file of formats/, or "auto".
+    problems: of the rows so far, not in order. format_name: a file of formats/, or "auto". signatures: where those of
+    the rows are written, if they are to be.
     """
 
-    def __init__(self, encoder: ChatEncoder, recipe: Recipe, format_name: str):
+    def __init__(self, encoder: ChatEncoder, recipe: Recipe, format_name: str, signatures: BinaryIO | None = None):
         self.problems: list[Problem] = []
         self.rows_read = 0
         self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
-        self._system = recipe.dataset.system
-        self._format = None if format_name == "auto" else load_formats()[format_name]
+        self.reader = RowReader(format_name, recipe.dataset.columns, recipe.dataset.system)
+        self._signatures = signatures
         self._trimmed: list[int] = []
         self._notes: dict[str, int] = defaultdict(int)
         self._used = self._tokens = self._supervised = 0
@@ -165,7 +184,7 @@ class FileTokeniser:
 
     def facts(self) -> Facts:
         return {
-            "format": self._format.name if self._format else None,
+            "format": self.reader.format.name if self.reader.format else None,
             "rows": self.rows_read,
             "used": self._used,
             "trimmed": self._trimmed,
@@ -182,14 +201,13 @@ class FileTokeniser:
             try:
                 if isinstance(row, FormatError):
                     raise row
-                if self._format is None:
-                    self._format = detect_format(row)
-                yield line, to_conversation(row, self._format, self._system)
+                yield line, self.reader.read(row)
             except FormatError as error:
                 self.problems.append(Problem(line, UNREADABLE, str(error)))
 
     def _to_arrow(self, batch: list[tuple[int, Conversation]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
         rows: list[TokenRow] = []
+        said: list[str] = []
         for (line, conversation), result in zip(batch, encoded, strict=True):
             row = self._tokeniser.tokenise(line, conversation, result)
             if isinstance(row, Problem):
@@ -197,6 +215,10 @@ class FileTokeniser:
             else:
                 rows.append(row)
                 self._count(row)
+                if self._signatures:
+                    said.append(text_of(conversation.messages))
+        if self._signatures:
+            self._signatures.write(signatures(said).tobytes())
         lengths = [len(row.input_ids) for row in rows]
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
         # +1 where a turn starts, -1 where it stops; summed up that is the mask. Turns are apart and not empty.
@@ -247,11 +269,11 @@ def cache_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
 
 
-def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
+def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
     """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
     digest = _digest_of(file)
     key = hashlib.sha256(
-        json.dumps([digest, fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
+        json.dumps([digest, file_type(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
     ).hexdigest()[:32]
     folder = cache_folder() / key
     try:
@@ -268,27 +290,38 @@ def tokenise_file(file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Reci
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     problems = [Problem(*problem) for problem in facts.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return TokenFile(str(file), rows, {"sha256": digest, **facts}, problems)
+    tokens = TokenFile(file, rows, {"sha256": digest, **facts}, problems)
+    if finds_near_copies(recipe) and len(rows):  # no system maps an empty file
+        tokens.signatures = np.memmap(folder / "signatures", np.uint8, "r", shape=(len(rows), SIGNATURE_BYTES))
+    return tokens
 
 
-def _write(folder: Path, file: Path | str, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
-    tokeniser = FileTokeniser(encoder, recipe, fmt)
+def finds_near_copies(recipe: Recipe) -> bool:
+    """Whether rows of the test split are looked up among those of the training split."""
+    options = recipe.dataset
+    return options.near_duplicates == "report" and options.test is not None and not options.streaming
+
+
+def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     with (
         tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
         open(folder / "rows.arrow", "wb") as sink,
+        open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
+        tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
         for batch in tokeniser.batches(read_rows(file)):
             writer.write_batch(batch)
             bar.update(tokeniser.rows_read - bar.n)
+    tokeniser.reader.refuse_unused_columns(file)
     tokeniser.problems.sort()
     facts = {**tokeniser.facts(), "problems": tokeniser.problems}
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
 
-def _digest_of(file: Path | str) -> str:
-    if isinstance(file, str):
-        return f"hub:{file}@{hub_revision(file)}"
+def _digest_of(file: DataFile) -> str:
+    if isinstance(file, HubDataset):
+        return f"hub:{file}@{dataset_digest(file)}"
     try:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -317,7 +350,9 @@ _fingerprints: WeakKeyDictionary[ChatEncoder, str] = WeakKeyDictionary()  # each
 def _options(recipe: Recipe) -> list[Any]:
     options = recipe.dataset
     trim = options.overlength == "trim"
-    return [options.system, options.max_length, trim, options.control_tokens == "text", recipe.chat.loss_on]
+    control_as_text = options.control_tokens == "text"
+    rows = [options.system, options.columns, options.max_length, trim, control_as_text, recipe.chat.loss_on]
+    return [*rows, finds_near_copies(recipe)]
 
 
 def _code_digest(fmt: str) -> str:

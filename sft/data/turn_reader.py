@@ -45,7 +45,7 @@ class TurnReader:
 
         They may not where a text spells a control token, or an answer might join its header.
         """
-        messages, tools = conversation
+        messages, tools, _ = conversation
         shape: list[object] = [bool(tools)]
         control, prefix = self._control, self._control.prefix
         for message in messages:
@@ -71,7 +71,7 @@ class TurnReader:
 
     def learn_header(self, conversation: Conversation) -> None:
         """Takes the ids of the header before the first answer, if it begins with a control token."""
-        messages, tools = conversation
+        messages, tools, _ = conversation
         k = next(iter(assistant_turns(messages)), 0)
         if not k:
             return  # this row has no answer after something; the next batch tries again

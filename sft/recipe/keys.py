@@ -39,6 +39,8 @@ class Source:
     path: str = option(description="a file, a glob or a hub id", minLength=1, examples=["data/novel/train.jsonl"])
     format: str = option("auto", "the schema of its rows; auto: as dataset.format says")
     weight: float = option(1.0, "how often each of its rows is seen in an epoch", exclusiveMinimum=0)
+    subset: str | None = option(None, "of a hub data set", minLength=1)
+    split: str | None = option(None, "of a hub data set, or of a folder that holds a copy; null: train", minLength=1)
 
 
 Sources = tuple[Source, ...]
@@ -65,6 +67,8 @@ class DatasetOptions:
     )
     max_lost: float = option(0.05, "share of rows that may be skipped, dropped or trimmed", minimum=0, maximum=1)
     packing: bool = option(True, "several conversations in one row of max_length; not for every model, see README")
+    columns: dict[str, str] | None = option(None, "renames keys of rows and turns, e.g. {question: human}")
+    near_duplicates: Literal["report", "off"] = option("report", "test rows that nearly repeat a training row")
     num_proc: int | None = option(None, "threads that tokenise; null: one a core", minimum=1)
     streaming: bool = option(False, "tokenise while training; needs training_args.max_steps, packing: false")
 

@@ -109,6 +109,12 @@ def _splits(recipe: Recipe) -> Iterator[Problem]:
             yield f"dataset.{name}", "a share cannot be held out of a stream; give a file"
 
 
+def _columns(recipe: Recipe) -> Iterator[Problem]:
+    names = list((recipe.dataset.columns or {}).values())
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        yield "dataset.columns", f"gives two columns the name {spell(twice)}; keep one of them"
+
+
 def _templates(recipe: Recipe) -> Iterator[Problem]:
     if recipe.chat.instruction_template is not None and recipe.chat.response_template is None:
         yield "chat.instruction_template", "needs chat.response_template, which starts the answers; give both"
@@ -124,6 +130,7 @@ _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _target_modules,
     _evaluation_during_training,
     _splits,
+    _columns,
     _templates,
     _output_dir,
 )

@@ -41,15 +41,17 @@ class Turn:
 
 
 def list_turns(conversations: Sequence[tuple[str, Conversation]], encoder: ChatEncoder) -> list[Turn]:
-    """Every assistant turn with what the model is given to answer it: the history as it stands in the data.
+    """Every assistant turn that carries loss, with what the model is given: the history as it stands in the data.
 
     The reference is the content of the message; where it calls tools, the text that the model is trained to write.
     """
     turns = []
     for place, conversation in conversations:
-        messages, tools = conversation
+        messages, tools, untrained = conversation
         numbers = assistant_turns(messages)
         for nth, number in enumerate(numbers):
+            if number in untrained:
+                continue
             reference = messages[number].get("content") or ""
             if messages[number].get("tool_calls"):
                 encoded = encoder.encode(messages, tools)

@@ -148,11 +148,16 @@ def notices(ledger: dict[str, Any]) -> list[str]:
     def places(counted: dict[str, Any]) -> str:
         return ", ".join([place for place in counted.get("named", []) if place][:5])
 
-    leaks, repeats = ledger.get("test_in_train") or {}, ledger.get("duplicates") or {}
+    leaks, near, repeats = (ledger.get(name) or {} for name in ("test_in_train", "near_duplicates", "duplicates"))
     found = []
     if leaks.get("rows"):
         warning = "Warning: rows of the test split that are in the training split too, so that the scores flatter: "
         found.append(f"{warning}{leaks['rows']:,} ({places(leaks)})")
+    if near.get("rows"):
+        warning = (
+            "Warning: other rows of the test split that nearly repeat a training row, so that the scores flatter: "
+        )
+        found.append(f"{warning}{near['rows']:,} ({places(near)})")
     if repeats.get("rows"):
         found.append(f"Training rows that repeat an earlier one: {repeats['rows']:,} ({places(repeats)})")
     for file in ledger.get("files", []):

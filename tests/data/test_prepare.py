@@ -22,53 +22,13 @@ from sft.data import splits, tokens
 from sft.data.chat import CONTROL_AS_TEXT, ChatEncoder, Encoded
 from sft.data.ledger import find_repeats, ledger_table
 from sft.data.packing import best_fit, pack
-from sft.data.splits import prepare
 from sft.data.token_rows import Split, TokenRows
 from sft.errors import DataError, FormatError, RecipeError
-from sft.recipe import load_recipe
+from tests.data.conftest import RECIPE, talk, texts, write
 from tests.families import FAMILIES, build
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = """
-model_name_or_path: unused
-output_dir: out
-dataset:
-  train: train.jsonl
-  system: S
-  packing: false
-"""
 BAD, CONTROL, OVERLONG = "bad row", "control token", "over-long"
-
-
-def talk(*texts):
-    """A row of turns: question, answer, question, answer, ..."""
-    return {"conversation": [{"human": q, "assistant": a} for q, a in zip(texts[::2], texts[1::2], strict=True)]}
-
-
-def write(name, *rows):
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    Path(name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build(FAMILIES["qwen2_5"], "bytes")
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    """Each test has a working directory and a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def run(tokenizer):
-    def prepared(*overrides, tokenizer=tokenizer, **options):
-        Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
-        return prepare(load_recipe("recipe.yaml", overrides), tokenizer, **options)
-
-    return prepared
 
 
 @pytest.fixture
@@ -83,12 +43,6 @@ def files_read(monkeypatch):
     for module in (tokens, splits):
         monkeypatch.setattr(module, "read_rows", reading)
     return names
-
-
-def texts(tokenizer, rows):
-    """The words of each row without the template's."""
-    said = [tokenizer.decode(row["input_ids"]) for row in rows]
-    return [" ".join(part.split("\n")[1] for part in text.split("<|im_start|>")[1:]) for text in said]
 
 
 # --------------------------------------------------------------------------------------------------------- the ledger

@@ -116,7 +116,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "resume_from_checkpoint": True,
         "model_init": {},
         "dataset": {
-            "train": [{"path": "a.jsonl", "format": "auto", "weight": 1.0}],
+            "train": [{"path": "a.jsonl", "format": "auto", "weight": 1.0, "subset": None, "split": None}],
             "validation": None,
             "test": None,
             "format": "auto",
@@ -127,6 +127,8 @@ def test_defaults_are_the_documented_ones() -> None:
             "control_tokens": "error",
             "max_lost": 0.05,
             "packing": True,
+            "columns": None,
+            "near_duplicates": "report",
             "num_proc": None,
             "streaming": False,
         },

@@ -177,7 +177,7 @@ def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:
 
 
 def _streamed_rows(
-    files: tuple[tuple[Source, Path | HubDataset], ...], encoder: ChatEncoder, recipe: Recipe
+    files: tuple[tuple[Source, DataFile], ...], encoder: ChatEncoder, recipe: Recipe
 ) -> Iterator[dict[str, Any]]:
     """A function of the module, so that worker processes can be given it."""
     given = 0

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from sft.data.token_rows import Split
-from sft.data.tokens import Facts, TokenFile
+from sft.data.tokens import SHORTENED, Facts, TokenFile
 
 
 class LedgerFile(Facts):
@@ -27,10 +27,14 @@ class NamedRows(TypedDict):
 
 
 class Ledger(TypedDict, total=False):
-    """What data_ledger.json holds. rows, packing: of each split; samples: rows with their masks as text."""
+    """What data_ledger.json holds. samples: examples with their masks as text.
+
+    rows, examples, packing: of each split its conversations, what they give if not one each, and the packed rows.
+    """
 
     files: list[LedgerFile]
     rows: dict[str, int]
+    examples: dict[str, int]
     duplicates: NamedRows
     test_in_train: NamedRows
     packing: dict[str, int]
@@ -50,8 +54,11 @@ def make_ledger(splits: dict[str, Split]) -> Ledger:
             if split.has_own_files
             for file, weight in zip(split.rows.files, split.rows.weights, strict=True)
         ],
-        "rows": {name: len(split.chosen) for name, split in splits.items()},
+        "rows": {name: len(split.data_rows()) for name, split in splits.items()},
     }
+    examples = {name: len(split.chosen) for name, split in splits.items()}
+    if examples != ledger["rows"]:
+        ledger["examples"] = examples
     if "train" in splits:
         ledger["duplicates"] = find_repeats(splits["train"])
     if "train" in splits and "test" in splits:
@@ -70,6 +77,7 @@ def _ledger_file(split: str, file: TokenFile, weight: float) -> LedgerFile:
         "path": file.path,
         "weight": weight,
         **facts,
+        "trimmed": sorted(facts["trimmed"] + dropped.pop(SHORTENED, [])),
         "supervised_share": round(share, 4),
         "dropped": dict(dropped),
     }
@@ -77,7 +85,8 @@ def _ledger_file(split: str, file: TokenFile, weight: float) -> LedgerFile:
 
 def find_repeats(split: Split) -> NamedRows:
     """Rows of the split's files that say what an earlier row says, as "later = earlier"."""
-    hashes = split.rows.hashes
+    hashes, firsts = split.rows.hashes, split.rows.firsts
+    hashes = hashes if firsts is None else hashes[firsts]
     ordered = np.sort(hashes)  # with `hashes` 16 bytes a row, and no more: hence the slices
     count, values = 0, np.zeros(0, hashes.dtype)
     for begin in range(0, len(ordered), 2**16):
@@ -89,7 +98,10 @@ def find_repeats(split: Split) -> NamedRows:
     for value in values:
         places = np.flatnonzero(hashes == value)[: NAMED + 1].tolist()
         pairs += [(later, places[0]) for later in places[1:]]
-    place = split.rows.place
+
+    def place(index: int) -> str:
+        return split.rows.place(index if firsts is None else int(firsts[index]))
+
     return {"rows": count, "named": [f"{place(later)} = {place(first)}" for later, first in sorted(pairs)[:NAMED]]}
 
 
@@ -97,9 +109,10 @@ def _find_leaks(train: Split, test: Split) -> NamedRows:
     """Rows of the test split that are in the training split."""
     trained = train.rows.hashes[train.chosen]
     trained.sort()
-    hashes = test.rows.hashes[test.chosen]
+    rows = test.data_rows()
+    hashes = test.rows.hashes[rows]
     at = np.searchsorted(trained, hashes)
-    leaked = test.chosen[trained[np.minimum(at, len(trained) - 1)] == hashes]
+    leaked = rows[trained[np.minimum(at, len(trained) - 1)] == hashes]
     return {"rows": len(leaked), "named": [test.rows.place(int(index)) for index in leaked[:NAMED]]}
 
 
@@ -122,6 +135,8 @@ def ledger_table(ledger: Ledger) -> str:
         if trimmed := file["trimmed"]:
             text.append(f"{path}: trimmed {len(trimmed):,} to dataset.max_length: lines {_first(trimmed)}")
         text += [f"{path}: {count:,} {note}" for note, count in file["notes"].items()]
+        if "examples" in file:
+            text.append(f"{path}: {file['used']:,} rows give {file['examples']:,} examples (chat.examples)")
     if "streamed" in ledger:
         text.append("streamed while training, not counted: " + ", ".join(ledger["streamed"]))
     if (repeats := ledger.get("duplicates")) and repeats["rows"]:

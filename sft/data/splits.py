@@ -119,19 +119,24 @@ def _files(recipe: Recipe, split: str) -> list[tuple[Source, Path | str]]:
 def _hold_out(train: Split, name: str, share: float, recipe: Recipe) -> Split:
     """Takes a share of the training rows out of `train`, for a split of their own.
 
-    By a seeded hash of their content, so that equal rows stay on one side.
+    By a seeded hash of their content, so that equal rows, and all examples of a row, stay on one side.
     Raises: RecipeError: no row, or every row, would be held out.
     """
-    hashes = train.rows.hashes
-    count = max(1, round(len(hashes) * share))
+    hashes, firsts = train.rows.hashes, train.rows.firsts
+    count = max(1, round(len(hashes if firsts is None else firsts) * share))
     seed = f"{recipe.seed}:{name}"
     salt = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
-    mixed = (hashes[train.chosen].astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(32)  # Fibonacci hashing
-    last = min(count, len(mixed)) - 1
-    held_out = mixed <= np.partition(mixed, last)[last]  # `count` rows, and what equals the last of these
+
+    def mixed(chosen: np.ndarray) -> np.ndarray:
+        product = (hashes[chosen].astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
+        return product ^ (product >> np.uint64(32))  # Fibonacci hashing
+
+    of_rows = mixed(train.data_rows())
+    last = min(count, len(of_rows)) - 1
+    # `count` rows, and what equals the last of these
+    held_out = mixed(train.chosen) <= np.partition(of_rows, last)[last]
     if held_out.all():
-        raise recipe.error(f"dataset.{name}", f"a share of {share} holds out every row of {len(held_out):,}")
+        raise recipe.error(f"dataset.{name}", f"a share of {share} holds out every row of {len(of_rows):,}")
     split = Split(name, train.rows, train.chosen[held_out], has_own_files=False)
     train.chosen = train.chosen[~held_out]
     return split
@@ -147,7 +152,9 @@ def _apply_weights(train: Split, recipe: Recipe) -> None:
         return
     weights = weights[train.chosen]
     times = np.floor(weights).astype(np.int64)
-    times += np.random.default_rng(recipe.seed).random(len(weights)) < weights - times
+    rows = train.data_rows()
+    drawn = np.random.default_rng(recipe.seed).random(len(rows))
+    times += drawn[np.searchsorted(rows, train.chosen, side="right") - 1] < weights - times  # one draw a data row
     train.chosen = np.repeat(train.chosen, times)
     if not len(train.chosen):
         raise recipe.error("dataset.train", "its weights leave no row; raise them")

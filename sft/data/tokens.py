@@ -8,11 +8,11 @@ and the options that matter; the policies of the recipe (error, skip, drop) are 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 from weakref import WeakKeyDictionary
 
 import datasets
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
+from sft.data.examples import REWRITTEN, ExampleMaker, Examples
 from sft.data.rows import FORMATS, detect_format, hub_revision, load_formats, read_rows, to_conversation
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
@@ -36,14 +37,17 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("assistant_mask", pa.list_(pa.int8())),
         ("line", pa.int32()),
-        ("hash", pa.int64()),
+        ("hash", pa.int64()),  # of the row: its examples are several token rows, one after another, with one hash
     ]
 )
-UNREADABLE, CONTROL, OVERLONG = "bad row", "control token", "over-long"
+UNREADABLE, CONTROL, OVERLONG, SHORTENED = "bad row", "control token", "over-long", "over-long answer"
 
 
 class Problem(NamedTuple):
-    """A row that was not used. line: counted from 1; kind: UNREADABLE, CONTROL or OVERLONG."""
+    """A row that was not used (UNREADABLE, CONTROL, OVERLONG), or of which some examples were not (SHORTENED).
+
+    line: counted from 1.
+    """
 
     line: int
     kind: str
@@ -51,7 +55,7 @@ class Problem(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """A conversation in tokens. input_ids: int32; turns: the ranges of these that carry loss."""
+    """An example in tokens. input_ids: int32; turns: the ranges of these that carry loss."""
 
     line: int
     input_ids: np.ndarray
@@ -61,12 +65,16 @@ class TokenRow(NamedTuple):
 
 
 class Facts(TypedDict, total=False):
-    """A file's part of the ledger. trimmed: lines; stop_ids: token ids that end an answer in this file."""
+    """A file's part of the ledger.
+
+    examples: what the used rows gave, if not one each; trimmed: lines; stop_ids: ids that end an answer in this file.
+    """
 
     sha256: str
     format: str | None
     rows: int
     used: int
+    examples: int
     trimmed: list[int]
     tokens: int
     supervised_tokens: int
@@ -88,7 +96,7 @@ class TokenFile:
 
 
 class Tokeniser:
-    """A conversation in, a row or a problem out."""
+    """The examples of a row in, token rows and problems out."""
 
     def __init__(self, encoder: ChatEncoder, recipe: Recipe):
         self._encoder = encoder
@@ -96,24 +104,41 @@ class Tokeniser:
         self._trims = recipe.dataset.overlength == "trim"
         self._last_turn_only = recipe.chat.loss_on == "last_turn"
 
-    def tokenise(self, line: int, conversation: Conversation, encoded: Encoded | FormatError) -> TokenRow | Problem:
-        """encoded: what the encoder made of the conversation, in a batch with others."""
-        trimmed = False
+    def tokenise(
+        self, line: int, examples: Examples, encoded: Sequence[Encoded | FormatError]
+    ) -> tuple[list[TokenRow], Problem | None]:
+        """encoded: what the encoder made of the examples, in a batch with others."""
         try:
-            if isinstance(encoded, FormatError):
-                raise encoded
-            if not encoded.turns:
-                raise FormatError("there is no assistant turn to train on")
-            if len(encoded.input_ids) > self._max_length:
-                shorter = self._trimmed(conversation, encoded) if self._trims else None
-                if shorter is None:
-                    return self._overlong(line, len(encoded.input_ids))
-                encoded, trimmed = shorter, True
+            for each in encoded:
+                if isinstance(each, FormatError):
+                    raise each
+                if not each.turns:
+                    raise FormatError("there is no assistant turn to train on")
+            sound = cast(Sequence[Encoded], encoded)
+            return self._whole(line, examples, sound[0]) if examples.is_whole else self._each_answer(line, sound)
         except FormatError as error:
-            return Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
-        input_ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int32)
-        turns = list(encoded.turns[-1:] if self._last_turn_only else encoded.turns)
-        return TokenRow(line, input_ids, turns, trimmed, encoded.notes)
+            return [], Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
+
+    def _whole(self, line: int, examples: Examples, encoded: Encoded) -> tuple[list[TokenRow], Problem | None]:
+        trimmed = len(encoded.input_ids) > self._max_length
+        if trimmed:
+            shorter = self._trimmed(examples.conversations[0], encoded) if self._trims else None
+            if shorter is None:
+                return [], self._overlong(line, len(encoded.input_ids))
+            encoded = shorter
+        turns = encoded.turns[-1:] if self._last_turn_only else encoded.turns
+        return [_token_row(line, encoded, turns, trimmed)], None
+
+    def _each_answer(self, line: int, encoded: Sequence[Encoded]) -> tuple[list[TokenRow], Problem | None]:
+        """Over-long examples are left out; cut to what fits they would be the examples before them."""
+        lengths = [len(each.input_ids) for each in encoded]
+        rows = [_token_row(line, e, e.turns[-1:]) for e in encoded if len(e.input_ids) <= self._max_length]
+        if not rows:
+            return [], self._overlong(line, min(lengths))
+        if len(rows) == len(encoded):
+            return rows, None
+        lost = f"{len(encoded) - len(rows):,} of its {len(encoded):,} answers end after more than dataset.max_length"
+        return rows, Problem(line, SHORTENED, f"{lost} {self._max_length:,} tokens, the last after {max(lengths):,}")
 
     def _trimmed(self, conversation: Conversation, encoded: Encoded) -> Encoded | None:
         """The longest beginning that ends with an answer and fits, encoded as the conversation that it then is."""
@@ -131,6 +156,11 @@ class Tokeniser:
         return Problem(line, OVERLONG, message)
 
 
+def _token_row(line: int, encoded: Encoded, turns: Sequence[Turn], trimmed: bool = False) -> TokenRow:
+    ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int32)
+    return TokenRow(line, ids, list(turns), trimmed, encoded.notes)
+
+
 class FileTokeniser:
     """Tokenises one file, row by row in order, and counts what became of the rows.
 
@@ -141,21 +171,26 @@ class FileTokeniser:
         self.problems: list[Problem] = []
         self.rows_read = 0
         self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
+        self._examples = ExampleMaker(encoder, recipe.chat)
         self._system = recipe.dataset.system
         self._format = None if format_name == "auto" else load_formats()[format_name]
         self._trimmed: list[int] = []
         self._notes: dict[str, int] = defaultdict(int)
-        self._used = self._tokens = self._supervised = 0
+        self._used = self._made = self._tokens = self._supervised = 0
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
         """Arrow batches of SCHEMA. While one batch is in the tokenizer's Rust code the next is read and rendered."""
-        stream = self._conversations(rows)
+        stream = self._rows(rows)
         with ThreadPoolExecutor(1) as pool:
             pending: Future[list[Encoded | FormatError]] | None = None
-            waiting: list[tuple[int, Conversation]] = []
+            waiting: list[tuple[int, Examples]] = []
             while True:
                 batch = _next_batch(stream)
-                rendered = self._encoder.render_batch([conversation for _, conversation in batch])
+                conversations = [each for _, examples in batch for each in examples.conversations]
+                shapes = [each for _, examples in batch for each in examples.shapes]
+                whole = [examples.is_whole for _, examples in batch for _ in examples.conversations]
+                last_only = {i for i, is_whole in enumerate(whole) if not is_whole}
+                rendered = self._encoder.render_batch(conversations, shapes, last_only)
                 following = pool.submit(self._encoder.encode_rendered, rendered) if batch else None
                 if pending is not None:
                     yield self._to_arrow(waiting, pending.result())
@@ -164,10 +199,12 @@ class FileTokeniser:
                 pending, waiting = following, batch
 
     def facts(self) -> Facts:
+        examples: Facts = {} if self._made == self._used else {"examples": self._made}
         return {
             "format": self._format.name if self._format else None,
             "rows": self.rows_read,
             "used": self._used,
+            **examples,
             "trimmed": self._trimmed,
             "tokens": self._tokens,
             "supervised_tokens": self._supervised,
@@ -175,8 +212,8 @@ class FileTokeniser:
             "stop_ids": sorted(self._encoder.stop_ids),
         }
 
-    def _conversations(self, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Conversation]]:
-        """Rows as conversations; those that are none go to `problems`."""
+    def _rows(self, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Examples]]:
+        """Rows as examples; those that are no conversations go to `problems`."""
         for line, row in rows:
             self.rows_read += 1
             try:
@@ -184,19 +221,27 @@ class FileTokeniser:
                     raise row
                 if self._format is None:
                     self._format = detect_format(row)
-                yield line, to_conversation(row, self._format, self._system)
+                yield line, self._examples.make(to_conversation(row, self._format, self._system))
             except FormatError as error:
                 self.problems.append(Problem(line, UNREADABLE, str(error)))
 
-    def _to_arrow(self, batch: list[tuple[int, Conversation]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
+    def _to_arrow(self, batch: list[tuple[int, Examples]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
         rows: list[TokenRow] = []
-        for (line, conversation), result in zip(batch, encoded, strict=True):
-            row = self._tokeniser.tokenise(line, conversation, result)
-            if isinstance(row, Problem):
-                self.problems.append(row)
-            else:
-                rows.append(row)
-                self._count(row)
+        hashes: list[bytes] = []
+        begin = 0
+        for line, examples in batch:
+            end = begin + len(examples.conversations)
+            made, problem = self._tokeniser.tokenise(line, examples, encoded[begin:end])
+            begin = end
+            if problem is not None:
+                self.problems.append(problem)
+            if made:
+                rows += made
+                digest = hashlib.blake2b(digest_size=8)
+                for row in made:
+                    digest.update(row.input_ids.data)
+                hashes += [digest.digest()] * len(made)
+                self._count(made, examples.is_rewritten)
         lengths = [len(row.input_ids) for row in rows]
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
         # +1 where a turn starts, -1 where it stops; summed up that is the mask. Turns are apart and not empty.
@@ -204,7 +249,6 @@ class FileTokeniser:
         begins = list(zip(offsets.tolist(), rows, strict=False))
         edges[[begin + start for begin, row in begins for start, _ in row.turns]] += 1
         edges[[begin + stop for begin, row in begins for _, stop in row.turns]] -= 1
-        hashes = b"".join(hashlib.blake2b(row.input_ids.data, digest_size=8).digest() for row in rows)
         list_offsets = pa.array(offsets).cast(pa.int32())  # raises past 2**31
         ids = np.concatenate([np.zeros(0, np.int32), *(row.input_ids for row in rows)])
         return pa.record_batch(
@@ -212,29 +256,36 @@ class FileTokeniser:
                 pa.ListArray.from_arrays(list_offsets, pa.array(ids)),
                 pa.ListArray.from_arrays(list_offsets, pa.array(np.cumsum(edges[:-1], dtype=np.int8))),
                 pa.array([row.line for row in rows], pa.int32()),
-                pa.array(np.frombuffer(hashes, dtype=np.int64)),
+                pa.array(np.frombuffer(b"".join(hashes), dtype=np.int64)),
             ],
             schema=SCHEMA,
         )
 
-    def _count(self, row: TokenRow) -> None:
+    def _count(self, made: list[TokenRow], is_rewritten: bool) -> None:
+        """Counts a row that is used, by its examples."""
         self._used += 1
-        self._tokens += len(row.input_ids)
-        self._supervised += sum(stop - start for start, stop in row.turns)
-        if row.trimmed:
-            self._trimmed.append(row.line)
-        for note in row.notes:
+        self._made += len(made)
+        for row in made:
+            self._tokens += len(row.input_ids)
+            self._supervised += sum(stop - start for start, stop in row.turns)
+        if made[0].trimmed:
+            self._trimmed.append(made[0].line)
+        if is_rewritten:
+            self._notes[REWRITTEN] += 1
+        for note in dict.fromkeys(note for row in made for note in row.notes):
             self._notes[note] += 1
 
 
-def _next_batch(stream: Iterator[tuple[int, Conversation]]) -> list[tuple[int, Conversation]]:
-    batch: list[tuple[int, Conversation]] = []
-    characters = 0
+def _next_batch(stream: Iterator[tuple[int, Examples]]) -> list[tuple[int, Examples]]:
+    batch: list[tuple[int, Examples]] = []
+    count = characters = 0
     for item in stream:
         batch.append(item)
-        for message in item[1].messages:
-            characters += len(message.get("content") or "")
-        if len(batch) == BATCH or characters > BATCH_CHARACTERS:
+        for conversation in item[1].conversations:
+            count += 1
+            for message in conversation.messages:
+                characters += len(message.get("content") or "")
+        if count >= BATCH or characters > BATCH_CHARACTERS:
             break
     return batch
 
@@ -316,8 +367,8 @@ _fingerprints: WeakKeyDictionary[ChatEncoder, str] = WeakKeyDictionary()  # each
 
 def _options(recipe: Recipe) -> list[Any]:
     options = recipe.dataset
-    trim = options.overlength == "trim"
-    return [options.system, options.max_length, trim, options.control_tokens == "text", recipe.chat.loss_on]
+    chat, trim = recipe.chat, options.overlength == "trim"
+    return [options.system, options.max_length, trim, options.control_tokens == "text", chat.examples, chat.loss_on]
 
 
 def _code_digest(fmt: str) -> str:

@@ -161,6 +161,8 @@ def notices(ledger: dict[str, Any]) -> list[str]:
         if trimmed := file.get("trimmed"):
             found.append(f"{file['path']}: {len(trimmed):,} trimmed to dataset.max_length, at line {lines(trimmed)}")
         found += [f"{file['path']}: {count:,} {note}" for note, count in (file.get("notes") or {}).items()]
+        if "examples" in file:
+            found.append(f"{file['path']}: {file['used']:,} rows give {file['examples']:,} examples (chat.examples)")
     return found
 
 

@@ -234,7 +234,7 @@ def test_a_cut_row_is_the_conversation_that_ended_there(run, name):
     write("train.jsonl", talk(*long))
     write("ended.jsonl", talk(*long[:4]))
     both = ["dataset.train=[train.jsonl, ended.jsonl]", "dataset.max_length=150", "dataset.max_lost=1"]
-    data = run(*both, tokenizer=family)
+    data = run(*both, "chat.examples=whole", tokenizer=family)
     assert data.train[0] == data.train[1]
     assert [file["trimmed"] for file in data.ledger["files"]] == [[1], []]
 
@@ -473,9 +473,9 @@ def test_batches_of_long_rows_are_short(run, monkeypatch):
     """So that no batch holds the 2**31 tokens past which Arrow's offsets overflow."""
     sizes, real = [], ChatEncoder.render_batch
 
-    def recording(self, conversations):
+    def recording(self, conversations, *known):
         sizes.append(len(conversations))
-        return real(self, conversations)
+        return real(self, conversations, *known)
 
     monkeypatch.setattr(ChatEncoder, "render_batch", recording)
     monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 100)

@@ -133,6 +133,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "chat": {
             "template": None,
             "variables": {},
+            "examples": "auto",
             "loss_on": "all_turns",
             "response_template": None,
             "instruction_template": None,

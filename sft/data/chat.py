@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.answer_spans import ChatTemplate, locate_turns, tokens_around_messages
 from sft.data.control_tokens import ControlTokens, added_token_pattern
-from sft.data.conversation import Conversation, Message, Tools
+from sft.data.conversation import Conversation, Message, Tools, assistant_turns
 from sft.data.history import History
+from sft.data.reasoning import Reasoning
 from sft.data.turn_reader import Shape, Turn, TurnReader
 from sft.errors import ControlTokenError, FormatError, ModelError
 
@@ -67,14 +68,18 @@ class ChatEncoder:
     Args:
         tokenizer: a fast tokenizer with a chat template, or one with the hook above.
         spelled_control_tokens: what becomes of content that spells a control token: "error" or "text".
+        after_thinking: whether loss begins after an answer's reasoning.
 
     Raises:
         ModelError: the tokenizer has no chat template, or is not a fast one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, spelled_control_tokens: str = "error"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, spelled_control_tokens: str = "error", after_thinking: bool = False
+    ):
         self.tokenizer = tokenizer
         self.as_text = spelled_control_tokens == "text"
+        self.after_thinking = after_thinking
         self.native = hasattr(tokenizer, "encode_conversation")
         self.stop_ids: set[int] = set()
         if self.native:
@@ -93,10 +98,12 @@ class ChatEncoder:
         self.control.add(tokens_around_messages(self.render, added_token_pattern(tokenizer)))
         self._reader = TurnReader(self.render, self.control, self._rust)
         self._history = History(template, self.control.pattern)
+        self._reasoning = Reasoning(tokenizer, self.render) if after_thinking else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it was made of: a compiled template cannot be."""
-        return ChatEncoder, (self.tokenizer, "text" if self.as_text else "error"), {"stop_ids": self.stop_ids}
+        made_of = self.tokenizer, "text" if self.as_text else "error", self.after_thinking
+        return ChatEncoder, made_of, {"stop_ids": self.stop_ids}
 
     # --------------------------------------------------------------------------------------------- one conversation
 
@@ -119,7 +126,13 @@ class ChatEncoder:
         located = locate_turns(self.render, messages, tools, self.control.pattern)
         if located.unwritten_prompt:
             notes.append(PROMPT_PARTED)
-        ids, turns, header_merged = self._tokens_of(located.text, located.spans[-1 if last_only else 0 :], rust)
+        spans = located.spans[-1 if last_only else 0 :]
+        loss_starts = [start for start, _ in spans]
+        if self._reasoning is not None:
+            answers = assistant_turns(messages)[-len(spans) :]
+            asked = zip(answers, spans, strict=True)
+            loss_starts = [self._reasoning.end(Conversation(messages, tools), k, located.text, s) for k, s in asked]
+        ids, turns, header_merged = self._tokens_of(located.text, spans, loss_starts, rust)
         if header_merged:
             notes.append(HEADER_MERGED)
         if sum(map(self.control.ids.__contains__, ids)) != len(self.control.pattern.findall(located.text)):
@@ -141,13 +154,17 @@ class ChatEncoder:
         return self.tokenizer
 
     def _tokens_of(
-        self, text: str, spans: Sequence[tuple[int, int]], rust: Tokenizer
+        self, text: str, spans: Sequence[tuple[int, int]], loss_starts: Sequence[int], rust: Tokenizer
     ) -> tuple[list[int], list[Turn], bool]:
-        """The ids of a text, its character spans as ranges of these, and whether a header was kept from merging."""
+        """The ids of a text, its character spans as ranges of these, and whether a header was kept from merging.
+
+        Args: loss_starts: where in each span the range begins.
+        """
         encoding = rust.encode(text, add_special_tokens=False)
         firsts = [_token_at(encoding, start, len(text)) for start, _ in spans]
         cuts = [start for (start, _), token in zip(spans, firsts, strict=True) if encoding.offsets[token][0] < start]
         if not cuts:
+            firsts = [_token_at(encoding, start, len(text)) for start in loss_starts]
             lasts = [_token_at(encoding, stop - 1, len(text)) for _, stop in spans]
             return encoding.ids, [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)], False
         # An answer's first character would share a token with its header: the text is encoded in pieces, cut there.
@@ -157,6 +174,10 @@ class ChatEncoder:
                 ids.append(token)
                 begins.append(offset[0] + begin)
         starts, stops = (np.searchsorted(begins, edges).tolist() for edges in zip(*spans, strict=True))
+        for i, (at, (start, _)) in enumerate(zip(loss_starts, spans, strict=True)):
+            if at > start:  # with the token that holds this character, though it may begin before
+                token = int(np.searchsorted(begins, at))
+                starts[i] = token if begins[token] == at else token - 1
         return ids, list(zip(starts, stops, strict=True)), True
 
     def _encode_piece(self, rust: Tokenizer, text: str, continues: bool) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -257,10 +278,14 @@ class ChatEncoder:
         unwritten = reader.unwritten_prompt
         notes = (PROMPT_PARTED,) if unwritten else ()
         rows = zip(rendered.quick, rendered.shapes, rendered.texts, ids, reader.read(ids, self.stop_ids), strict=True)
+        reasoning = self._reasoning
         for i, shape, text, row_ids, (turns, sound) in rows:
             # With an unwritten prompt an answer may begin with what its prompt holds beyond the header.
             sound = sound and not (unwritten and unwritten in text)
             sound = sound and len(turns) == shape.count("assistant") > 0
+            if reasoning is not None:
+                sound = sound and reasoning.may_read(conversations[i], text)
+                turns = [reasoning.after_block(row_ids.tolist(), turn) for turn in turns] if sound else turns
             if sound and reader.is_proven(shape):
                 results[i] = Encoded(row_ids, turns, notes)
                 continue

@@ -49,7 +49,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
     Raises: DataError: bad rows, with file:line, all of them; RecipeError: a file that is not there.
     """
     options = recipe.dataset
-    encoder = ChatEncoder(tokenizer, "text" if options.control_tokens == "text" else "error")
+    spelled = "text" if options.control_tokens == "text" else "error"
+    encoder = ChatEncoder(tokenizer, spelled, after_thinking=recipe.chat.loss_on == "after_thinking")
     only_test = scoring_only and isinstance(options.test, tuple)
     names = ("test",) if only_test else SPLITS
     splits, files = _tokenise_splits(names, encoder, recipe)

@@ -292,6 +292,14 @@ def test_loss_on_the_last_turn_only(run, tokenizer):
     assert supervised == ["2<|im_end|>44<|im_end|>", "44<|im_end|>"]
 
 
+def test_loss_after_the_reasoning_only(run):
+    family = build(FAMILIES["qwen3"], "bytes")
+    write("train.jsonl", talk("1", "2"))
+    (row,) = run("chat.loss_on=after_thinking", tokenizer=family).train
+    trained_on = [token for token, mask in zip(row["input_ids"], row["assistant_mask"], strict=True) if mask]
+    assert family.decode(trained_on) == "2<|im_end|>"
+
+
 def test_more_lost_rows_than_the_recipe_allows_is_an_error(run):
     write("train.jsonl", *[talk("1", str(i)) for i in range(9)], "{")
     with pytest.raises(DataError, match=r"1 of 10 rows .* \(10.0%\), more than dataset.max_lost 9.0%"):
@@ -498,7 +506,13 @@ def test_a_second_run_reads_no_row(run, files_read):
 
 @pytest.mark.parametrize(
     "override",
-    ["dataset.max_length=1000", "dataset.system=T", "chat.loss_on=last_turn", "dataset.overlength=drop"],
+    [
+        "dataset.max_length=1000",
+        "dataset.system=T",
+        "chat.loss_on=last_turn",
+        "chat.examples=whole",
+        "dataset.overlength=drop",
+    ],
 )
 def test_what_changes_the_rows_makes_them_anew(run, files_read, override):
     write("train.jsonl", talk("1", "2"))

@@ -10,7 +10,7 @@ from sft.recipe import Recipe, load_recipe
 
 
 def train(recipe: Recipe, check: bool) -> int:
-    """The run, told once: data, model, training, adapter and merged model, scores, report."""
+    """The run, told once: data, model, training, adapter and merged model, parity, scores, report."""
     from sft import run
 
     clock = run.Clock()
@@ -27,6 +27,7 @@ def train(recipe: Recipe, check: bool) -> int:
     trainer = run.train(recipe, model, tokenizer, data, checkpoint)
     clock.lap("train")
     run.save(recipe, trainer, tokenizer, data.encoder)
+    run.check_parity(recipe, description, data)
     clock.lap("export")
     run.score(recipe, data, trainer)
     clock.lap("score")

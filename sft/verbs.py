@@ -15,7 +15,7 @@ from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import EvaluatedModel, evaluate_models
 from sft.results.summary import run_summary
-from sft.run import say
+from sft.run import check_parity, say
 
 
 def score_again(recipe: Recipe) -> int:
@@ -75,4 +75,5 @@ def export_again(recipe: Recipe) -> int:
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
+    check_parity(recipe, json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8")), data)
     return 0

@@ -165,12 +165,24 @@ def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]
     """The chosen rows of the test split again as messages, for scoring."""
     found: list[tuple[str, Conversation]] = []
     for file, inside in test.rows.by_file(test.chosen):
-        lines = set(file.rows.data.column("line").to_numpy()[inside].tolist())
-        fmt = load_formats()[str(file.facts["format"])]
-        for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
-            if line in lines:
-                found.append((f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)))
+        found += _read_again(file, set(file.rows.data.column("line").to_numpy()[inside].tolist()), recipe)
     return found
+
+
+def first_conversations(data: Data, recipe: Recipe, count: int = 20) -> list[tuple[str, Conversation]]:
+    """The first usable rows of each file again as messages."""
+    firsts = [(file, set(file.rows.data.column("line")[:count].to_pylist())) for file in data.files]
+    return [found for file, lines in firsts if lines for found in _read_again(file, lines, recipe)]
+
+
+def _read_again(file: TokenFile, lines: set[int], recipe: Recipe) -> Iterator[tuple[str, Conversation]]:
+    """Some rows of a file, each with its "file:line"."""
+    fmt, last = load_formats()[str(file.facts["format"])], max(lines)
+    for line, row in read_rows(Path(file.path) if Path(file.path).is_file() else file.path):
+        if line in lines:
+            yield f"{file.path}:{line}", to_conversation(row, fmt, recipe.dataset.system)
+        if line >= last:
+            return
 
 
 def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:

@@ -25,6 +25,7 @@ from sft.data.packing import best_fit, pack
 from sft.data.splits import prepare
 from sft.data.token_rows import Split, TokenRows
 from sft.errors import DataError, FormatError, RecipeError
+from sft.model.tokenizer import with_defaults
 from sft.recipe import load_recipe
 from tests.families import FAMILIES, build
 
@@ -290,6 +291,15 @@ def test_loss_on_the_last_turn_only(run, tokenizer):
         for row in (every, last)
     ]
     assert supervised == ["2<|im_end|>44<|im_end|>", "44<|im_end|>"]
+
+
+def test_variables_of_the_template_are_part_of_the_key(run, files_read):
+    family = build(FAMILIES["qwen3"], "bytes")
+    write("train.jsonl", talk("1", "2"))
+    run(tokenizer=family)
+    family.chat_template = with_defaults(family.chat_template, {"enable_thinking": False})
+    run(tokenizer=family)
+    assert files_read == ["train.jsonl"] * 2
 
 
 def test_loss_after_the_reasoning_only(run):
@@ -613,6 +623,7 @@ def test_two_processes_at_once_make_the_rows_once(run, tmp_path):
 import sys, time, datasets
 from sft.data import splits, tokens
 from pathlib import Path
+from sft.model.tokenizer import with_defaults
 from sft.recipe import load_recipe
 from tests.families import FAMILIES, build
 datasets.config.HF_DATASETS_CACHE = Path("cache")

@@ -11,7 +11,7 @@ from sft.recipe import Recipe, load_recipe
 
 
 def train(recipe: Recipe, check: bool) -> int:
-    """The run, told once: data, model, training, adapter and merged model, scores, report."""
+    """The run, told once: data, model, training, adapter and merged model, parity, scores, report."""
     from sft import run
 
     clock = run.Clock()
@@ -30,6 +30,7 @@ def train(recipe: Recipe, check: bool) -> int:
     del model  # the trainer's now, which lets go of it where scoring reads it again
     clock.lap("train")
     run.save(recipe, trainer, tokenizer, data.encoder)
+    run.check_parity(recipe, description, data)
     clock.lap("export")
     run.score(recipe, data, trainer)
     clock.lap("score")

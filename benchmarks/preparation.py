@@ -69,7 +69,7 @@ def ours(folder: str, data: str) -> None:
     from transformers import AutoTokenizer
 
     from sft.data.chat import ChatEncoder
-    from sft.data.tokens import tokenise_file
+    from sft.data.token_cache import tokenise_file
     from sft.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.ledger import ledger_table
-from sft.data.splits import Data, prepare
+from sft.data.splits import Data, first_conversations, prepare
 from sft.errors import UserError
 from sft.files import write_json
 from sft.model.load import check_targets, checkpoint_dtype, load_model, load_trained, meta_model
@@ -33,7 +33,9 @@ from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
+from sft.results.parity import prove_parity
 from sft.results.summary import run_summary
+from sft.results.words import parity_line
 from sft.training import check, parallel, resume, trainer
 from sft.training.stop import StopAtSignal, Stopped, interrupted
 from sft.training.trainer import CompletionTrainer
@@ -236,6 +238,25 @@ def _publish(
         model = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
     model.to(checkpoint_dtype(recipe))
     say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, model)}")
+
+
+def check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
+    """Proves that a server renders final_model/ as it was trained, and notes it in `description` and its files.
+
+    On the prompts of the test split; without one, on those of the first rows that were trained on.
+    Raises: ModelError: a difference, and where.
+    """
+    if recipe.export.merge or recipe.trains_all_weights:
+        processes.decide(lambda: _check_parity(recipe, description, data))
+
+
+def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
+    final_model = recipe.output_dir / "final_model"
+    conversations = data.test_conversations or first_conversations(data, recipe)
+    description["parity"] = prove_parity(final_model, data.encoder, conversations)
+    for folder in (recipe.output_dir, final_model):
+        write_json(folder / "training_config.json", description)
+    say(parity_line(description["parity"]))
 
 
 def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:

@@ -1,5 +1,7 @@
 """What can be done again with a run's folder: --score and --export."""
 
+import json
+
 from sft import processes
 from sft.data.splits import prepare
 from sft.model.machine import check_machine
@@ -9,7 +11,7 @@ from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.summary import run_summary
-from sft.run import join_processes
+from sft.run import check_parity, join_processes
 
 
 def score_again(recipe: Recipe) -> int:
@@ -48,4 +50,5 @@ def export_again(recipe: Recipe) -> int:
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
+    check_parity(recipe, json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8")), data)
     return 0

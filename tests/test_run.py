@@ -126,6 +126,17 @@ def test_final_model_is_base_and_adapter_in_plain_transformers_and_peft(qlora_ru
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=output)
 
 
+def test_a_server_renders_the_final_model_as_it_was_trained(qlora_run):
+    output, _ = qlora_run
+    for folder in (output, output / "final_model"):
+        parity = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))["parity"]
+        assert (parity["prompts"], parity["spelled_control_tokens"]) == (38, 0)
+        assert parity["trained_stops"] == {"<|im_end|>": 151645}
+        assert parity["stops"]["<|im_end|>"] == 151645
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "renders 38 prompts to the ids of training; it stops at" in page
+
+
 def test_same_command_again_trains_nothing_and_changes_nothing(qlora_run, capfd):
     output, arguments = qlora_run
     before, log = digest(output / "lora_adapter"), losses(output)

@@ -60,6 +60,7 @@ class ChatTemplate:
         except ValueError as error:
             raise ModelError(f"the tokenizer's chat templates: {error}") from None
         self._compiled, self._compiled_with_tools = map(_compile, sources)
+        self.parsed = [self._compiled.environment.parse(source) for source in sources]
         self._variables = {"documents": None, **tokenizer.special_tokens_map}
 
     def render(self, messages: list[Message], tools: Tools | None = None, prompt: bool = False) -> str:

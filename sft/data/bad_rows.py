@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from sft.data.tokens import CONTROL, OVERLONG, UNREADABLE, Problem, TokenFile
+from sft.data.token_cache import TokenFile
+from sft.data.tokens import CONTROL, OVERLONG, SHORTENED, UNREADABLE, Problem
 from sft.errors import DataError
 from sft.recipe import Recipe
 
@@ -12,6 +13,7 @@ POLICIES = {
     UNREADABLE: ("dataset.on_error", "skip"),
     CONTROL: ("dataset.control_tokens", "skip, or text to train on it as plain text"),
     OVERLONG: ("dataset.overlength", "trim, or drop"),
+    SHORTENED: ("dataset.overlength", "trim, or drop"),
 }
 
 
@@ -22,14 +24,15 @@ def refuse_problems(files: Iterable[tuple[str, list[Problem]]], recipe: Recipe) 
         UNREADABLE: options.on_error == "skip",
         CONTROL: options.control_tokens == "skip",
         OVERLONG: options.overlength != "error",
+        SHORTENED: options.overlength != "error",
     }
     refused = [(path, problem) for path, problems in files for problem in problems if not lenient[problem.kind]]
     if refused:
         lines = [f"{path}:{problem.line}: {problem.message}" for path, problem in refused[:SHOWN]]
         if len(refused) > SHOWN:
             lines.append(f"... and {len(refused) - SHOWN:,} more")
-        kinds = sorted({problem.kind for _, problem in refused})
-        advice = "; or set ".join(f"{POLICIES[kind][0]}: {POLICIES[kind][1]}" for kind in kinds)
+        policies = sorted({POLICIES[problem.kind] for _, problem in refused})
+        advice = "; or set ".join(f"{key}: {choices}" for key, choices in policies)
         raise DataError("\n".join([*lines, f"mend the {len(refused):,} rows; or set {advice}"]))
 
 

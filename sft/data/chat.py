@@ -13,7 +13,7 @@ itself, and its prompts with `encode_prompt(messages, tools) -> input_ids` (Chat
 
 import json
 import os.path
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import dropwhile, takewhile
 from typing import Any, NamedTuple
 
@@ -23,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.answer_spans import ChatTemplate, locate_turns, tokens_around_messages
 from sft.data.control_tokens import ControlTokens, added_token_pattern
-from sft.data.conversation import Conversation, Message, Tools
+from sft.data.conversation import Conversation, Message, Tools, assistant_turns
+from sft.data.history import History
+from sft.data.reasoning import Reasoning
 from sft.data.turn_reader import Shape, Turn, TurnReader
 from sft.errors import ControlTokenError, FormatError, ModelError
 
@@ -48,7 +50,7 @@ class Encoded(NamedTuple):
 class Rendered(NamedTuple):
     """Conversations between the two halves of `encode_batch`.
 
-    careful: the rows that go through `encode`.
+    careful: the rows that go through `encode`. last_only: rows whose last answer alone carries loss.
     quick, texts, shapes: the others, each with its text and what a template may branch on.
     """
 
@@ -57,6 +59,7 @@ class Rendered(NamedTuple):
     quick: list[int]
     texts: list[str]
     shapes: list[Shape]
+    last_only: Set[int]
 
 
 class ChatEncoder:
@@ -65,14 +68,18 @@ class ChatEncoder:
     Args:
         tokenizer: a fast tokenizer with a chat template, or one with the hook above.
         spelled_control_tokens: what becomes of content that spells a control token: "error" or "text".
+        after_thinking: whether loss begins after an answer's reasoning.
 
     Raises:
         ModelError: the tokenizer has no chat template, or is not a fast one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, spelled_control_tokens: str = "error"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, spelled_control_tokens: str = "error", after_thinking: bool = False
+    ):
         self.tokenizer = tokenizer
         self.as_text = spelled_control_tokens == "text"
+        self.after_thinking = after_thinking
         self.native = hasattr(tokenizer, "encode_conversation")
         self.stop_ids: set[int] = set()
         if self.native:
@@ -90,18 +97,25 @@ class ChatEncoder:
         self.control = ControlTokens(tokenizer, self._rust)
         self.control.add(tokens_around_messages(self.render, added_token_pattern(tokenizer)))
         self._reader = TurnReader(self.render, self.control, self._rust)
+        self._history = History(template, self.control.pattern)
+        self._reasoning = Reasoning(tokenizer, self.render) if after_thinking else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it was made of: a compiled template cannot be."""
-        return ChatEncoder, (self.tokenizer, "text" if self.as_text else "error"), {"stop_ids": self.stop_ids}
+        made_of = self.tokenizer, "text" if self.as_text else "error", self.after_thinking
+        return ChatEncoder, made_of, {"stop_ids": self.stop_ids}
 
     # --------------------------------------------------------------------------------------------- one conversation
 
-    def encode(self, messages: list[Message], tools: Tools | None = None) -> Encoded:
-        """One conversation, located with care. Raises: FormatError: it cannot be encoded exactly."""
+    def encode(self, messages: list[Message], tools: Tools | None = None, last_only: bool = False) -> Encoded:
+        """One conversation, located with care.
+
+        Args: last_only: its last answer alone carries loss, so what precedes that is encoded as in its prompt.
+        Raises: FormatError: it cannot be encoded exactly.
+        """
         if self.native:
             input_ids, turns = self._native_tokenizer.encode_conversation(messages, tools)
-            return Encoded(input_ids, turns)
+            return Encoded(input_ids, turns[-1:] if last_only else turns)
         notes = []
         rust = self._rust
         if spelled := self.control.find(messages, tools):
@@ -112,7 +126,13 @@ class ChatEncoder:
         located = locate_turns(self.render, messages, tools, self.control.pattern)
         if located.unwritten_prompt:
             notes.append(PROMPT_PARTED)
-        ids, turns, header_merged = self._tokens_of(located.text, located.spans, rust)
+        spans = located.spans[-1 if last_only else 0 :]
+        loss_starts = [start for start, _ in spans]
+        if self._reasoning is not None:
+            answers = assistant_turns(messages)[-len(spans) :]
+            asked = zip(answers, spans, strict=True)
+            loss_starts = [self._reasoning.end(Conversation(messages, tools), k, located.text, s) for k, s in asked]
+        ids, turns, header_merged = self._tokens_of(located.text, spans, loss_starts, rust)
         if header_merged:
             notes.append(HEADER_MERGED)
         if sum(map(self.control.ids.__contains__, ids)) != len(self.control.pattern.findall(located.text)):
@@ -134,13 +154,17 @@ class ChatEncoder:
         return self.tokenizer
 
     def _tokens_of(
-        self, text: str, spans: Sequence[tuple[int, int]], rust: Tokenizer
+        self, text: str, spans: Sequence[tuple[int, int]], loss_starts: Sequence[int], rust: Tokenizer
     ) -> tuple[list[int], list[Turn], bool]:
-        """The ids of a text, its character spans as ranges of these, and whether a header was kept from merging."""
+        """The ids of a text, its character spans as ranges of these, and whether a header was kept from merging.
+
+        Args: loss_starts: where in each span the range begins.
+        """
         encoding = rust.encode(text, add_special_tokens=False)
         firsts = [_token_at(encoding, start, len(text)) for start, _ in spans]
         cuts = [start for (start, _), token in zip(spans, firsts, strict=True) if encoding.offsets[token][0] < start]
         if not cuts:
+            firsts = [_token_at(encoding, start, len(text)) for start in loss_starts]
             lasts = [_token_at(encoding, stop - 1, len(text)) for _, stop in spans]
             return encoding.ids, [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)], False
         # An answer's first character would share a token with its header: the text is encoded in pieces, cut there.
@@ -150,6 +174,10 @@ class ChatEncoder:
                 ids.append(token)
                 begins.append(offset[0] + begin)
         starts, stops = (np.searchsorted(begins, edges).tolist() for edges in zip(*spans, strict=True))
+        for i, (at, (start, _)) in enumerate(zip(loss_starts, spans, strict=True)):
+            if at > start:  # with the token that holds this character, though it may begin before
+                token = int(np.searchsorted(begins, at))
+                starts[i] = token if begins[token] == at else token - 1
         return ids, list(zip(starts, stops, strict=True)), True
 
     def _encode_piece(self, rust: Tokenizer, text: str, continues: bool) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -173,13 +201,38 @@ class ChatEncoder:
         """Many conversations at once; an error stands in the place of a row that cannot be encoded exactly."""
         return self.encode_rendered(self.render_batch(conversations))
 
-    def render_batch(self, conversations: Sequence[Conversation]) -> Rendered:
-        """The first half of `encode_batch`: Python's work, for one thread while another runs the second half."""
+    def shape(self, conversation: Conversation) -> Shape | None:
+        """What a template may branch on; None if the turns may not be read off the ids."""
+        return None if self.native else self._reader.shape(conversation)
+
+    def history_depends_on_shape(self, conversation: Conversation) -> bool:
+        """Whether `rewrites_history` says the same of every conversation of this shape for which this holds."""
+        return not self.native and self._history.depends_on_shape(conversation.messages)
+
+    def rewrites_history(self, conversation: Conversation) -> bool:
+        """Whether an answer, or what precedes it, is written otherwise once more messages follow."""
         if self.native:
-            return Rendered(conversations, list(range(len(conversations))), [], [], [])
-        rendered = Rendered(conversations, [], [], [], [])
-        for i, conversation in enumerate(conversations):
-            shape = self._reader.shape(conversation)
+            return False  # its answers are encoded alike; the next role's token ends one, or </s>
+        messages, tools, _ = conversation
+        if self.control.find(messages, tools):
+            messages, tools, _ = self.control.split_spelled(messages, tools)
+        return self._history.is_rewritten(Conversation(messages, tools))
+
+    def render_batch(
+        self,
+        conversations: Sequence[Conversation],
+        shapes: Sequence[Shape | None] | None = None,
+        last_only: Set[int] = frozenset(),
+    ) -> Rendered:
+        """The first half of `encode_batch`: Python's work, for one thread while another runs the second half.
+
+        Args:
+            shapes: of the conversations, where they are known already.
+            last_only: indexes of those whose last answer alone carries loss; of their turns only the last is of use.
+        """
+        rendered = Rendered(conversations, [], [], [], [], last_only)
+        shapes = list(map(self.shape, conversations)) if shapes is None else shapes
+        for i, (conversation, shape) in enumerate(zip(conversations, shapes, strict=True)):
             if shape is None:
                 rendered.careful.append(i)
                 continue
@@ -196,7 +249,7 @@ class ChatEncoder:
         """The second half of `encode_batch`: most of it in the tokenizer's Rust side, which leaves Python to others."""
         results: dict[int, Encoded | FormatError] = {}
         for i in rendered.careful:
-            results[i] = self._encode_or_error(rendered.conversations[i])
+            results[i] = self._encode_or_error(rendered, i)
         if texts := rendered.texts:
             # What all rows begin with (a system prompt) is encoded once, up to a control token: there tokens part.
             common = os.path.commonprefix(texts)
@@ -206,9 +259,13 @@ class ChatEncoder:
             self._read_turns(rendered, [np.array(head + e.ids, dtype=np.int32) for e in encodings], results)
         return [results[i] for i in range(len(rendered.conversations))]
 
-    def _encode_or_error(self, conversation: Conversation) -> Encoded | FormatError:
+    def _encode_or_error(self, rendered: Rendered, i: int) -> Encoded | FormatError:
         try:
-            return self.encode(conversation.messages, conversation.tools)
+            messages, tools, _ = rendered.conversations[i]
+            encoded = self.encode(messages, tools)
+            if i in rendered.last_only and HEADER_MERGED in encoded.notes:
+                return self.encode(messages, tools, last_only=True)
+            return encoded
         except FormatError as error:
             return error
 
@@ -216,21 +273,24 @@ class ChatEncoder:
         """Fills the quick rows: turns read off the ids, or by `encode` where reading them off is not proven."""
         reader, conversations = self._reader, rendered.conversations
         if not reader.knows_header:
-            answering = (conversations[i] for i in rendered.quick)
-            conversation = next((c for c in answering if c.messages[0]["role"] != "assistant"), Conversation([]))
-            if conversation.messages and isinstance(self._encode_or_error(conversation), Encoded):  # for its stop ids
-                reader.learn_header(conversation)
+            first = next((i for i in rendered.quick if conversations[i].messages[0]["role"] != "assistant"), None)
+            if first is not None and isinstance(self._encode_or_error(rendered, first), Encoded):  # for its stop ids
+                reader.learn_header(conversations[first])
         unwritten = reader.unwritten_prompt
         notes = (PROMPT_PARTED,) if unwritten else ()
         rows = zip(rendered.quick, rendered.shapes, rendered.texts, ids, reader.read(ids, self.stop_ids), strict=True)
+        reasoning = self._reasoning
         for i, shape, text, row_ids, (turns, sound) in rows:
             # With an unwritten prompt an answer may begin with what its prompt holds beyond the header.
             sound = sound and not (unwritten and unwritten in text)
             sound = sound and len(turns) == shape.count("assistant") > 0
+            if reasoning is not None:
+                sound = sound and reasoning.may_read(conversations[i], text)
+                turns = [reasoning.after_block(row_ids.tolist(), turn) for turn in turns] if sound else turns
             if sound and reader.is_proven(shape):
                 results[i] = Encoded(row_ids, turns, notes)
                 continue
-            results[i] = exact = self._encode_or_error(conversations[i])
+            results[i] = exact = self._encode_or_error(rendered, i)
             if sound and reader.is_proven(shape) is None and isinstance(exact, Encoded):
                 same_ids = list(exact.input_ids) == row_ids.tolist() and exact.notes == notes
                 reader.record(shape, same_ids and list(exact.turns) == turns)

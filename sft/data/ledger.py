@@ -6,8 +6,9 @@ from typing import Any, TypedDict
 import numpy as np
 
 from sft.data.near_copies import NearCopies, find_near_copies
+from sft.data.token_cache import TokenFile
 from sft.data.token_rows import Split
-from sft.data.tokens import Facts, TokenFile
+from sft.data.tokens import SHORTENED, Facts
 
 
 class LedgerFile(Facts):
@@ -30,12 +31,14 @@ class NamedRows(TypedDict):
 class Ledger(TypedDict, total=False):
     """What data_ledger.json holds.
 
-    rows, packing: of each split. test_in_train, near_duplicates: rows of the test split that a training row equals, or
-    nearly equals. samples: rows with their masks as text.
+    rows, examples, packing: of each split its conversations, what they give if not one each, and the packed rows.
+    test_in_train, near_duplicates: rows of the test split that a training row equals, or nearly equals. samples:
+    examples with their masks as text.
     """
 
     files: list[LedgerFile]
     rows: dict[str, int]
+    examples: dict[str, int]
     duplicates: NamedRows
     test_in_train: NamedRows
     near_duplicates: NamedRows
@@ -56,20 +59,26 @@ def make_ledger(splits: dict[str, Split], near_copies: bool = False) -> Ledger:
             if split.has_own_files
             for file, weight in zip(split.rows.files, split.rows.weights, strict=True)
         ],
-        "rows": {name: len(split.chosen) for name, split in splits.items()},
+        "rows": {name: len(split.data_rows()) for name, split in splits.items()},
     }
+    examples = {name: len(split.chosen) for name, split in splits.items()}
+    if examples != ledger["rows"]:
+        ledger["examples"] = examples
     if "train" in splits:
         ledger["duplicates"] = find_repeats(splits["train"])
     if "train" in splits and "test" in splits:
         train, test = splits["train"], splits["test"]
-        leaked = _find_leaks(train, test)
+        rows = test.data_rows()
+        is_leaked = _find_leaks(train, test)
+        leaked = rows[is_leaked]
         ledger["test_in_train"] = {
-            "rows": int(leaked.sum()),
-            "named": [test.rows.place(int(index)) for index in test.chosen[leaked][:NAMED]],
+            "rows": len(leaked),
+            "named": [test.rows.place(int(index)) for index in leaked[:NAMED]],
         }
         if near_copies:
-            others = Split(test.name, test.rows, test.chosen[~leaked])
-            ledger["near_duplicates"] = _named(find_near_copies(others, train), test, train)
+            others = Split(test.name, test.rows, rows[~is_leaked])
+            among = Split(train.name, train.rows, train.data_rows())
+            ledger["near_duplicates"] = _named(find_near_copies(others, among), test, train)
     return ledger
 
 
@@ -84,6 +93,7 @@ def _ledger_file(split: str, file: TokenFile, weight: float) -> LedgerFile:
         "path": str(file.path),
         "weight": weight,
         **facts,
+        "trimmed": sorted(facts["trimmed"] + dropped.pop(SHORTENED, [])),
         "supervised_share": round(share, 4),
         "dropped": dict(dropped),
     }
@@ -91,7 +101,8 @@ def _ledger_file(split: str, file: TokenFile, weight: float) -> LedgerFile:
 
 def find_repeats(split: Split) -> NamedRows:
     """Rows of the split's files that say what an earlier row says, as "later = earlier"."""
-    hashes = split.rows.hashes
+    hashes, firsts = split.rows.hashes, split.rows.firsts
+    hashes = hashes if firsts is None else hashes[firsts]
     ordered = np.sort(hashes)  # with `hashes` 16 bytes a row, and no more: hence the slices
     count, values = 0, np.zeros(0, hashes.dtype)
     for begin in range(0, len(ordered), 2**16):
@@ -103,15 +114,18 @@ def find_repeats(split: Split) -> NamedRows:
     for value in values:
         places = np.flatnonzero(hashes == value)[: NAMED + 1].tolist()
         pairs += [(later, places[0]) for later in places[1:]]
-    place = split.rows.place
+
+    def place(index: int) -> str:
+        return split.rows.place(index if firsts is None else int(firsts[index]))
+
     return {"rows": count, "named": [f"{place(later)} = {place(first)}" for later, first in sorted(pairs)[:NAMED]]}
 
 
 def _find_leaks(train: Split, test: Split) -> np.ndarray:
-    """Which chosen rows of the test split are in the training split, bool."""
+    """Which of the test split's data rows are in the training split, bool."""
     trained = train.rows.hashes[train.chosen]
     trained.sort()
-    hashes = test.rows.hashes[test.chosen]
+    hashes = test.rows.hashes[test.data_rows()]
     at = np.searchsorted(trained, hashes)
     return trained[np.minimum(at, len(trained) - 1)] == hashes
 
@@ -143,6 +157,8 @@ def ledger_table(ledger: Ledger) -> str:
         if trimmed := file["trimmed"]:
             text.append(f"{path}: trimmed {len(trimmed):,} to dataset.max_length: lines {_first(trimmed)}")
         text += [f"{path}: {count:,} {note}" for note, count in file["notes"].items()]
+        if "examples" in file:
+            text.append(f"{path}: {file['used']:,} rows give {file['examples']:,} examples (chat.examples)")
     if "streamed" in ledger:
         text.append("streamed while training, not counted: " + ", ".join(ledger["streamed"]))
     if (repeats := ledger.get("duplicates")) and repeats["rows"]:

@@ -18,8 +18,9 @@ from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack
 from sft.data.row_formats import RowReader
 from sft.data.rows import DataFile, expand, read_rows
+from sft.data.token_cache import TokenFile, finds_near_copies, tokenise_file
 from sft.data.token_rows import Split, TokenRows
-from sft.data.tokens import FileTokeniser, TokenFile, finds_near_copies, tokenise_file
+from sft.data.tokens import FileTokeniser
 from sft.errors import DataError
 from sft.recipe import Recipe, Source
 
@@ -50,7 +51,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
     Raises: DataError: bad rows, with file:line, all of them; RecipeError: a file that is not there.
     """
     options = recipe.dataset
-    encoder = ChatEncoder(tokenizer, "text" if options.control_tokens == "text" else "error")
+    spelled = "text" if options.control_tokens == "text" else "error"
+    encoder = ChatEncoder(tokenizer, spelled, after_thinking=recipe.chat.loss_on == "after_thinking")
     only_test = scoring_only and isinstance(options.test, tuple)
     names = ("test",) if only_test else SPLITS
     splits, files = _tokenise_splits(names, encoder, recipe)
@@ -120,19 +122,24 @@ def _files(recipe: Recipe, split: str) -> list[tuple[Source, DataFile]]:
 def _hold_out(train: Split, name: str, share: float, recipe: Recipe) -> Split:
     """Takes a share of the training rows out of `train`, for a split of their own.
 
-    By a seeded hash of their content, so that equal rows stay on one side.
+    By a seeded hash of their content, so that equal rows, and all examples of a row, stay on one side.
     Raises: RecipeError: no row, or every row, would be held out.
     """
-    hashes = train.rows.hashes
-    count = max(1, round(len(hashes) * share))
+    hashes, firsts = train.rows.hashes, train.rows.firsts
+    count = max(1, round(len(hashes if firsts is None else firsts) * share))
     seed = f"{recipe.seed}:{name}"
     salt = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
-    mixed = (hashes[train.chosen].astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(32)  # Fibonacci hashing
-    last = min(count, len(mixed)) - 1
-    held_out = mixed <= np.partition(mixed, last)[last]  # `count` rows, and what equals the last of these
+
+    def mixed(chosen: np.ndarray) -> np.ndarray:
+        product = (hashes[chosen].astype(np.uint64) ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
+        return product ^ (product >> np.uint64(32))  # Fibonacci hashing
+
+    of_rows = mixed(train.data_rows())
+    last = min(count, len(of_rows)) - 1
+    # `count` rows, and what equals the last of these
+    held_out = mixed(train.chosen) <= np.partition(of_rows, last)[last]
     if held_out.all():
-        raise recipe.error(f"dataset.{name}", f"a share of {share} holds out every row of {len(held_out):,}")
+        raise recipe.error(f"dataset.{name}", f"a share of {share} holds out every row of {len(of_rows):,}")
     split = Split(name, train.rows, train.chosen[held_out], has_own_files=False)
     train.chosen = train.chosen[~held_out]
     return split
@@ -148,7 +155,9 @@ def _apply_weights(train: Split, recipe: Recipe) -> None:
         return
     weights = weights[train.chosen]
     times = np.floor(weights).astype(np.int64)
-    times += np.random.default_rng(recipe.seed).random(len(weights)) < weights - times
+    rows = train.data_rows()
+    drawn = np.random.default_rng(recipe.seed).random(len(rows))
+    times += drawn[np.searchsorted(rows, train.chosen, side="right") - 1] < weights - times  # one draw a data row
     train.chosen = np.repeat(train.chosen, times)
     if not len(train.chosen):
         raise recipe.error("dataset.train", "its weights leave no row; raise them")
@@ -158,12 +167,24 @@ def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]
     """The chosen rows of the test split again as messages, for scoring."""
     found: list[tuple[str, Conversation]] = []
     for file, inside in test.rows.by_file(test.chosen):
-        lines = set(file.rows.data.column("line").to_numpy()[inside].tolist())
-        reader = RowReader(str(file.facts["format"]), recipe.dataset.columns, recipe.dataset.system)
-        for line, row in read_rows(file.path):
-            if line in lines:
-                found.append((f"{file.path}:{line}", reader.read(row)))
+        found += _read_again(file, set(file.rows.data.column("line").to_numpy()[inside].tolist()), recipe)
     return found
+
+
+def first_conversations(data: Data, recipe: Recipe, count: int = 20) -> list[tuple[str, Conversation]]:
+    """The first usable rows of each file again as messages."""
+    firsts = [(file, set(file.rows.data.column("line")[:count].to_pylist())) for file in data.files]
+    return [found for file, lines in firsts if lines for found in _read_again(file, lines, recipe)]
+
+
+def _read_again(file: TokenFile, lines: set[int], recipe: Recipe) -> Iterator[tuple[str, Conversation]]:
+    """Some rows of a file, each with its "file:line"."""
+    reader, last = RowReader(str(file.facts["format"]), recipe.dataset.columns, recipe.dataset.system), max(lines)
+    for line, row in read_rows(file.path):
+        if line in lines:
+            yield f"{file.path}:{line}", reader.read(row)
+        if line >= last:
+            return
 
 
 def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:

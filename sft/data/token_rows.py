@@ -7,12 +7,14 @@ from functools import cached_property
 import datasets
 import numpy as np
 
-from sft.data.tokens import TokenFile
+from sft.data.token_cache import TokenFile
 
 
 @dataclass
 class TokenRows:
     """Files one after another: row i of a later file is row i + (rows of the files before it) here.
+
+    A token row is an example. Where one row of the data gave several, they stand together and have one hash.
 
     weights: of each file, how often its rows are seen in an epoch.
     """
@@ -22,8 +24,16 @@ class TokenRows:
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """Of each row's ids, int64, (rows,)."""
+        """Of each row's ids, or those of all examples of its data row, int64, (rows,)."""
         return np.concatenate([file.rows.data.column("hash").to_numpy() for file in self.files])
+
+    @cached_property
+    def firsts(self) -> np.ndarray | None:
+        """Indexes of the first example of each data row, int64; None: each data row gave one."""
+        if not any("examples" in file.facts for file in self.files):
+            return None
+        lines = [file.rows.data.column("line").to_numpy() for file in self.files]
+        return np.flatnonzero(np.concatenate([np.diff(each, prepend=0) != 0 for each in lines]))  # lines count from 1
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
@@ -61,6 +71,11 @@ class Split:
     rows: TokenRows
     chosen: np.ndarray
     has_own_files: bool = True
+
+    def data_rows(self) -> np.ndarray:
+        """The chosen rows that are the first, or only, example of their data row."""
+        firsts = self.rows.firsts
+        return self.chosen if firsts is None else self.chosen[np.isin(self.chosen, firsts)]
 
     def view(self) -> datasets.Dataset:
         """The chosen rows' input_ids and assistant_mask, not copied."""

@@ -1,35 +1,21 @@
-"""One file -> token rows on disk, with a ledger of what became of every row.
-
-Each file is tokenised once and kept, memory-mapped, in a cache whose key is its content, the tokenizer, the template
-and the options that matter; the policies of the recipe (error, skip, drop) are applied to what the cache says
-(bad_rows.py), so a change of policy costs nothing. With several processes the first does the work and the others wait.
-"""
+"""One file's rows -> token rows, in batches, with an account of what became of every row."""
 
 import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypedDict
-from weakref import WeakKeyDictionary
+from typing import Any, BinaryIO, NamedTuple, TypedDict, cast
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
-from tqdm.auto import tqdm
 
 from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
-from sft.data.row_formats import FORMATS, RowReader
-from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_rows
-from sft.data.signatures import SIGNATURE_BYTES, signatures, text_of
+from sft.data.examples import REWRITTEN, ExampleMaker, Examples
+from sft.data.row_formats import RowReader
+from sft.data.signatures import signatures, text_of
 from sft.data.turn_reader import Turn
-from sft.errors import ControlTokenError, DataError, FormatError
-from sft.files import whole_folder
+from sft.errors import ControlTokenError, FormatError
 from sft.recipe import Recipe
 
 BATCH = 1000  # rows tokenised at once, fewer where they are long:
@@ -39,15 +25,18 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("assistant_mask", pa.list_(pa.int8())),
         ("line", pa.int32()),
-        ("hash", pa.int64()),
+        ("hash", pa.int64()),  # of the row: its examples are several token rows, one after another, with one hash
     ]
 )
 UNTRAINED = "answers that their rows take out of the loss"
-UNREADABLE, CONTROL, OVERLONG = "bad row", "control token", "over-long"
+UNREADABLE, CONTROL, OVERLONG, SHORTENED = "bad row", "control token", "over-long", "over-long answer"
 
 
 class Problem(NamedTuple):
-    """A row that was not used. line: counted from 1; kind: UNREADABLE, CONTROL or OVERLONG."""
+    """A row that was not used (UNREADABLE, CONTROL, OVERLONG), or of which some examples were not (SHORTENED).
+
+    line: counted from 1.
+    """
 
     line: int
     kind: str
@@ -55,22 +44,30 @@ class Problem(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """A conversation in tokens. input_ids: int32; turns: the ranges of these that carry loss."""
+    """An example in tokens.
+
+    input_ids: int32; turns: the ranges of these that carry loss; untrained: answers that the row takes out of the loss.
+    """
 
     line: int
     input_ids: np.ndarray
     turns: list[Turn]
     trimmed: bool
     notes: tuple[str, ...]
+    untrained: int = 0
 
 
 class Facts(TypedDict, total=False):
-    """A file's part of the ledger. trimmed: lines; stop_ids: token ids that end an answer in this file."""
+    """A file's part of the ledger.
+
+    examples: what the used rows gave, if not one each; trimmed: lines; stop_ids: ids that end an answer in this file.
+    """
 
     sha256: str
     format: str | None
     rows: int
     used: int
+    examples: int
     trimmed: list[int]
     tokens: int
     supervised_tokens: int
@@ -78,25 +75,11 @@ class Facts(TypedDict, total=False):
     stop_ids: list[int]
 
 
-@dataclass
-class TokenFile:
-    """One tokenised file: its rows memory-mapped, its part of the ledger.
-
-    signatures: of each row, uint8, (rows, SIGNATURE_BYTES), memory-mapped; none where near copies are not looked for.
-    """
-
-    path: DataFile
-    rows: datasets.Dataset
-    facts: Facts
-    problems: list[Problem]
-    signatures: np.ndarray = field(default_factory=partial(np.zeros, (0, SIGNATURE_BYTES), np.uint8))
-
-
 # --------------------------------------------------------------------------------------------------------- tokenising
 
 
 class Tokeniser:
-    """A conversation in, a row or a problem out."""
+    """The examples of a row in, token rows and problems out."""
 
     def __init__(self, encoder: ChatEncoder, recipe: Recipe):
         self._encoder = encoder
@@ -104,26 +87,49 @@ class Tokeniser:
         self._trims = recipe.dataset.overlength == "trim"
         self._last_turn_only = recipe.chat.loss_on == "last_turn"
 
-    def tokenise(self, line: int, conversation: Conversation, encoded: Encoded | FormatError) -> TokenRow | Problem:
-        """encoded: what the encoder made of the conversation, in a batch with others."""
-        trimmed = False
+    def tokenise(
+        self, line: int, examples: Examples, encoded: Sequence[Encoded | FormatError]
+    ) -> tuple[list[TokenRow], Problem | None]:
+        """encoded: what the encoder made of the examples, in a batch with others."""
         try:
-            if isinstance(encoded, FormatError):
-                raise encoded
-            if not self._trained_turns(conversation, encoded):
-                raise FormatError("there is no assistant turn to train on")
-            if len(encoded.input_ids) > self._max_length:
-                shorter = self._trimmed(conversation, encoded) if self._trims else None
-                if shorter is None or not self._trained_turns(conversation, shorter):
-                    return self._overlong(line, len(encoded.input_ids))
-                encoded, trimmed = shorter, True
+            for each, conversation in zip(encoded, examples.conversations, strict=True):
+                if isinstance(each, FormatError):
+                    raise each
+                if not self._trained_turns(conversation, each):
+                    raise FormatError("there is no assistant turn to train on")
+            sound = cast(Sequence[Encoded], encoded)
+            make = self._whole if examples.is_whole else self._each_answer
+            return make(line, examples, sound)
         except FormatError as error:
-            return Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
-        input_ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int32)
-        answers = assistant_turns(conversation.messages)[: len(encoded.turns)] if conversation.untrained else []
-        taken_out = (UNTRAINED,) * len(conversation.untrained.intersection(answers))
-        turns = self._trained_turns(conversation, encoded)
-        return TokenRow(line, input_ids, turns, trimmed, (*encoded.notes, *taken_out))
+            return [], Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
+
+    def _whole(
+        self, line: int, examples: Examples, encoded: Sequence[Encoded]
+    ) -> tuple[list[TokenRow], Problem | None]:
+        conversation, whole = examples.conversations[0], encoded[0]
+        trimmed = len(whole.input_ids) > self._max_length
+        if trimmed:
+            shorter = self._trimmed(conversation, whole) if self._trims else None
+            if shorter is None or not self._trained_turns(conversation, shorter):
+                return [], self._overlong(line, len(whole.input_ids))
+            whole = shorter
+        answers = assistant_turns(conversation.messages)[: len(whole.turns)] if conversation.untrained else []
+        untrained = len(conversation.untrained.intersection(answers))
+        return [_token_row(line, whole, self._trained_turns(conversation, whole), trimmed, untrained)], None
+
+    def _each_answer(
+        self, line: int, examples: Examples, encoded: Sequence[Encoded]
+    ) -> tuple[list[TokenRow], Problem | None]:
+        """Over-long examples are left out; cut to what fits they would be the examples before them."""
+        lengths = [len(each.input_ids) for each in encoded]
+        rows = [_token_row(line, e, e.turns[-1:]) for e in encoded if len(e.input_ids) <= self._max_length]
+        if not rows:
+            return [], self._overlong(line, min(lengths))
+        rows[0] = rows[0]._replace(untrained=len(examples.conversations[-1].untrained))
+        if len(rows) == len(encoded):
+            return rows, None
+        lost = f"{len(encoded) - len(rows):,} of its {len(encoded):,} answers end after more than dataset.max_length"
+        return rows, Problem(line, SHORTENED, f"{lost} {self._max_length:,} tokens, the last after {max(lengths):,}")
 
     def _trained_turns(self, conversation: Conversation, encoded: Encoded) -> list[Turn]:
         """The turns that carry loss, of the conversation or of a beginning of it."""
@@ -149,6 +155,13 @@ class Tokeniser:
         return Problem(line, OVERLONG, message)
 
 
+def _token_row(
+    line: int, encoded: Encoded, turns: Sequence[Turn], trimmed: bool = False, untrained: int = 0
+) -> TokenRow:
+    ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int32)
+    return TokenRow(line, ids, list(turns), trimmed, encoded.notes, untrained)
+
+
 class FileTokeniser:
     """Tokenises one file, row by row in order, and counts what became of the rows.
 
@@ -161,20 +174,25 @@ class FileTokeniser:
         self.rows_read = 0
         self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
         self.reader = RowReader(format_name, recipe.dataset.columns, recipe.dataset.system)
+        self._examples = ExampleMaker(encoder, recipe.chat)
         self._signatures = signatures
         self._trimmed: list[int] = []
         self._notes: dict[str, int] = defaultdict(int)
-        self._used = self._tokens = self._supervised = 0
+        self._used = self._made = self._tokens = self._supervised = 0
 
     def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
         """Arrow batches of SCHEMA. While one batch is in the tokenizer's Rust code the next is read and rendered."""
-        stream = self._conversations(rows)
+        stream = self._rows(rows)
         with ThreadPoolExecutor(1) as pool:
             pending: Future[list[Encoded | FormatError]] | None = None
-            waiting: list[tuple[int, Conversation]] = []
+            waiting: list[tuple[int, Examples]] = []
             while True:
                 batch = _next_batch(stream)
-                rendered = self._encoder.render_batch([conversation for _, conversation in batch])
+                conversations = [each for _, examples in batch for each in examples.conversations]
+                shapes = [each for _, examples in batch for each in examples.shapes]
+                whole = [examples.is_whole for _, examples in batch for _ in examples.conversations]
+                last_only = {i for i, is_whole in enumerate(whole) if not is_whole}
+                rendered = self._encoder.render_batch(conversations, shapes, last_only)
                 following = pool.submit(self._encoder.encode_rendered, rendered) if batch else None
                 if pending is not None:
                     yield self._to_arrow(waiting, pending.result())
@@ -183,10 +201,12 @@ class FileTokeniser:
                 pending, waiting = following, batch
 
     def facts(self) -> Facts:
+        examples: Facts = {} if self._made == self._used else {"examples": self._made}
         return {
             "format": self.reader.format.name if self.reader.format else None,
             "rows": self.rows_read,
             "used": self._used,
+            **examples,
             "trimmed": self._trimmed,
             "tokens": self._tokens,
             "supervised_tokens": self._supervised,
@@ -194,29 +214,37 @@ class FileTokeniser:
             "stop_ids": sorted(self._encoder.stop_ids),
         }
 
-    def _conversations(self, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Conversation]]:
-        """Rows as conversations; those that are none go to `problems`."""
+    def _rows(self, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Examples]]:
+        """Rows as examples; those that are no conversations go to `problems`."""
         for line, row in rows:
             self.rows_read += 1
             try:
                 if isinstance(row, FormatError):
                     raise row
-                yield line, self.reader.read(row)
+                yield line, self._examples.make(self.reader.read(row))
             except FormatError as error:
                 self.problems.append(Problem(line, UNREADABLE, str(error)))
 
-    def _to_arrow(self, batch: list[tuple[int, Conversation]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
+    def _to_arrow(self, batch: list[tuple[int, Examples]], encoded: list[Encoded | FormatError]) -> pa.RecordBatch:
         rows: list[TokenRow] = []
-        said: list[str] = []
-        for (line, conversation), result in zip(batch, encoded, strict=True):
-            row = self._tokeniser.tokenise(line, conversation, result)
-            if isinstance(row, Problem):
-                self.problems.append(row)
-            else:
-                rows.append(row)
-                self._count(row)
+        hashes: list[bytes] = []
+        said: list[str] = []  # by the rows, once for each example
+        begin = 0
+        for line, examples in batch:
+            end = begin + len(examples.conversations)
+            made, problem = self._tokeniser.tokenise(line, examples, encoded[begin:end])
+            begin = end
+            if problem is not None:
+                self.problems.append(problem)
+            if made:
+                rows += made
+                digest = hashlib.blake2b(digest_size=8)
+                for row in made:
+                    digest.update(row.input_ids.data)
+                hashes += [digest.digest()] * len(made)
+                self._count(made, examples.is_rewritten)
                 if self._signatures:
-                    said.append(text_of(conversation.messages))
+                    said += [text_of(examples.conversations[-1].messages)] * len(made)
         if self._signatures:
             self._signatures.write(signatures(said).tobytes())
         lengths = [len(row.input_ids) for row in rows]
@@ -226,7 +254,6 @@ class FileTokeniser:
         begins = list(zip(offsets.tolist(), rows, strict=False))
         edges[[begin + start for begin, row in begins for start, _ in row.turns]] += 1
         edges[[begin + stop for begin, row in begins for _, stop in row.turns]] -= 1
-        hashes = b"".join(hashlib.blake2b(row.input_ids.data, digest_size=8).digest() for row in rows)
         list_offsets = pa.array(offsets).cast(pa.int32())  # raises past 2**31
         ids = np.concatenate([np.zeros(0, np.int32), *(row.input_ids for row in rows)])
         return pa.record_batch(
@@ -234,130 +261,37 @@ class FileTokeniser:
                 pa.ListArray.from_arrays(list_offsets, pa.array(ids)),
                 pa.ListArray.from_arrays(list_offsets, pa.array(np.cumsum(edges[:-1], dtype=np.int8))),
                 pa.array([row.line for row in rows], pa.int32()),
-                pa.array(np.frombuffer(hashes, dtype=np.int64)),
+                pa.array(np.frombuffer(b"".join(hashes), dtype=np.int64)),
             ],
             schema=SCHEMA,
         )
 
-    def _count(self, row: TokenRow) -> None:
+    def _count(self, made: list[TokenRow], is_rewritten: bool) -> None:
+        """Counts a row that is used, by its examples."""
         self._used += 1
-        self._tokens += len(row.input_ids)
-        self._supervised += sum(stop - start for start, stop in row.turns)
-        if row.trimmed:
-            self._trimmed.append(row.line)
-        for note in row.notes:
+        self._made += len(made)
+        for row in made:
+            self._tokens += len(row.input_ids)
+            self._supervised += sum(stop - start for start, stop in row.turns)
+        if made[0].trimmed:
+            self._trimmed.append(made[0].line)
+        if untrained := sum(row.untrained for row in made):
+            self._notes[UNTRAINED] += untrained
+        if is_rewritten:
+            self._notes[REWRITTEN] += 1
+        for note in dict.fromkeys(note for row in made for note in row.notes):
             self._notes[note] += 1
 
 
-def _next_batch(stream: Iterator[tuple[int, Conversation]]) -> list[tuple[int, Conversation]]:
-    batch: list[tuple[int, Conversation]] = []
-    characters = 0
+def _next_batch(stream: Iterator[tuple[int, Examples]]) -> list[tuple[int, Examples]]:
+    batch: list[tuple[int, Examples]] = []
+    count = characters = 0
     for item in stream:
         batch.append(item)
-        for message in item[1].messages:
-            characters += len(message.get("content") or "")
-        if len(batch) == BATCH or characters > BATCH_CHARACTERS:
+        for conversation in item[1].conversations:
+            count += 1
+            for message in conversation.messages:
+                characters += len(message.get("content") or "")
+        if count >= BATCH or characters > BATCH_CHARACTERS:
             break
     return batch
-
-
-# -------------------------------------------------------------------------------------------------------------- cache
-
-
-def cache_folder() -> Path:
-    """Where tokenised files are kept: beside the datasets library's own cache."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
-
-
-def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
-    """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
-    digest = _digest_of(file)
-    key = hashlib.sha256(
-        json.dumps([digest, file_type(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
-    ).hexdigest()[:32]
-    folder = cache_folder() / key
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "facts.json").is_file():
-                with whole_folder(folder) as partial:
-                    _write(partial, file, fmt, encoder, recipe)
-    except OSError as error:
-        raise DataError(
-            f"{folder.parent}: token rows cannot be kept there ({error.strerror or error}); name another folder with "
-            "the environment variable HF_DATASETS_CACHE"
-        ) from None
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    problems = [Problem(*problem) for problem in facts.pop("problems")]
-    rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    tokens = TokenFile(file, rows, {"sha256": digest, **facts}, problems)
-    if finds_near_copies(recipe) and len(rows):  # no system maps an empty file
-        tokens.signatures = np.memmap(folder / "signatures", np.uint8, "r", shape=(len(rows), SIGNATURE_BYTES))
-    return tokens
-
-
-def finds_near_copies(recipe: Recipe) -> bool:
-    """Whether rows of the test split are looked up among those of the training split."""
-    options = recipe.dataset
-    return options.near_duplicates == "report" and options.test is not None and not options.streaming
-
-
-def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
-    with (
-        tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
-        open(folder / "rows.arrow", "wb") as sink,
-        open(folder / "signatures", "wb") as signatures_file,
-        pa.ipc.new_stream(sink, SCHEMA) as writer,
-    ):
-        tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
-        for batch in tokeniser.batches(read_rows(file)):
-            writer.write_batch(batch)
-            bar.update(tokeniser.rows_read - bar.n)
-    tokeniser.reader.refuse_unused_columns(file)
-    tokeniser.problems.sort()
-    facts = {**tokeniser.facts(), "problems": tokeniser.problems}
-    (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
-
-
-def _digest_of(file: DataFile) -> str:
-    if isinstance(file, HubDataset):
-        return f"hub:{file}@{dataset_digest(file)}"
-    try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _fingerprint(encoder: ChatEncoder) -> str:
-    if encoder in _fingerprints:
-        return _fingerprints[encoder]
-    tokenizer = encoder.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = [
-        type(tokenizer).__name__,
-        backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
-        str(tokenizer.chat_template),
-        repr(sorted(tokenizer.special_tokens_map.items())),
-    ]
-    _fingerprints[encoder] = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return _fingerprints[encoder]
-
-
-_fingerprints: WeakKeyDictionary[ChatEncoder, str] = WeakKeyDictionary()  # each takes 0.2 s for 150,000 tokens
-
-
-def _options(recipe: Recipe) -> list[Any]:
-    options = recipe.dataset
-    trim = options.overlength == "trim"
-    control_as_text = options.control_tokens == "text"
-    rows = [options.system, options.columns, options.max_length, trim, control_as_text, recipe.chat.loss_on]
-    return [*rows, finds_near_copies(recipe)]
-
-
-def _code_digest(fmt: str) -> str:
-    """Of the code that makes the rows: a change of it makes them anew."""
-    here = Path(__file__).resolve().parent
-    files = [*sorted(here.glob("*.py")), *sorted((here.parent / "model" / "chatglm3").glob("*.py"))]
-    files += sorted(FORMATS.glob("*.py")) if fmt == "auto" else [FORMATS / f"{fmt}.py"]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

@@ -16,7 +16,8 @@ from sft.data.control_tokens import PRIVATE_USE, ControlTokens
 from sft.data.conversation import Conversation, assistant_turns
 from sft.errors import FormatError
 
-Shape = tuple[object, ...]  # what a template may branch on: roles, keys, tools, reasoning
+Shape = tuple[object, ...]  # what a template may branch on: are there tools, and FIELDS of each message
+FIELDS = 4  # role, number of keys, tool calls, reasoning
 Turn = tuple[int, int]  # the half-open range of a row's ids that carries loss, its stop token included
 
 

@@ -2,18 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import jinja2.meta
+import jinja2.nodes
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
 from sft.model.source import first_line, local_or_hub, source_options
 from sft.recipe import Recipe
+from sft.recipe.rules import RENDERED
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the recipe's chat template if it gives one, and with a pad token.
+    """The tokenizer, with the recipe's chat template and variables if it gives such, and with a pad token.
 
-    Raises: RecipeError: it is not there, or it has no chat template.
+    Raises: RecipeError: it is not there, or it has no chat template, or one that does not read chat.variables.
     """
     options = source_options(recipe)
     try:
@@ -38,6 +43,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             "its tokenizer has no chat template; give one with chat.template (a .jinja file), or "
             "chat.instruction_template and chat.response_template",
         )
+    if recipe.chat.variables:
+        _set_defaults(recipe, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills: labels and attention never look at it
     tokenizer.padding_side = "right"
@@ -62,3 +69,57 @@ def plain_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
         f"{{% else %}}{{{{ {human} + message.content + '\\n' }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
     )
+
+
+def _set_defaults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes chat.variables the defaults of the chat template itself: of each rendering here, and of a server's.
+
+    Raises: RecipeError: there is no template, or it reads no such variable.
+    """
+    if hasattr(tokenizer, "encode_conversation"):
+        raise recipe.error("chat.variables", "this model's conversations are built without a template; take them out")
+    templates = tokenizer.chat_template  # one, or several by name
+    sources = list(templates.values()) if isinstance(templates, dict) else [templates]
+    read, assigned = (set().union(*names) for names in zip(*map(_variables_of, sources), strict=True))
+    for name in recipe.chat.variables:
+        if name not in read:
+            known = ", ".join(sorted(read - assigned - {*RENDERED, *tokenizer.special_tokens_map})[:8]) or "none"
+            raise recipe.error(f"chat.variables.{name}", f"is not read by the chat template, which reads: {known}")
+    if isinstance(templates, dict):
+        templates = {name: with_defaults(source, recipe.chat.variables) for name, source in templates.items()}
+    else:
+        templates = with_defaults(templates, recipe.chat.variables)
+    tokenizer.chat_template = templates
+
+
+def _variables_of(source: str) -> tuple[set[str], set[str]]:
+    """The variables that a template may read from outside, and those that it sets; a name may be both."""
+    environment = chat_template_utils._compile_jinja_template(source).environment  # pinned: transformers
+    tree = environment.parse(source)
+    assigned = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx == "store"}
+    return jinja2.meta.find_undeclared_variables(tree), assigned
+
+
+def with_defaults(template: str, variables: dict[str, Any]) -> str:
+    r"""The template with values for variables that a rendering does not give.
+
+    >>> with_defaults("{{ x }}", {"x": [1, None]})
+    '{%- set x = x if x is defined else [1, none] -%}\n{{ x }}'
+    """
+    lines = [
+        f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}\n"
+        for name, value in variables.items()
+    ]
+    head = "".join(lines)
+    if head and template[:1].isspace():  # a `-` would take that too; trim_blocks takes the line break alone
+        head = head.removesuffix("-%}\n") + "%}\n"
+    return head + template
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Jinja spells it, which is JSON but for null."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

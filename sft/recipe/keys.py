@@ -78,7 +78,11 @@ class ChatOptions:
     """The section `chat`."""
 
     template: str | None = option(None, "a .jinja file instead of the tokenizer's chat template", minLength=1)
-    loss_on: Literal["all_turns", "last_turn"] = option("all_turns", "the assistant's turns that are trained on")
+    variables: dict[str, Any] = option({}, "what the chat template reads besides, e.g. {enable_thinking: false}")
+    examples: Literal["auto", "whole", "each_answer"] = option("auto", "what a row gives; see docs/reasoning.md")
+    loss_on: Literal["all_turns", "last_turn", "after_thinking"] = option(
+        "all_turns", "the answers that are trained on"
+    )
     response_template: str | list[int] | None = option(None, "what starts an answer", minLength=1, minItems=1)
     instruction_template: str | list[int] | None = option(None, "what starts a user turn", minLength=1, minItems=1)
 

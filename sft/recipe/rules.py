@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sft.recipe.keys import Recipe
 from sft.recipe.reader import spell
@@ -10,6 +11,7 @@ from sft.recipe.reader import spell
 Problem = tuple[str, str]  # a key in the flat layout; what is wrong with it, and what to do
 
 LOAD_IN = ("load_in_4bit", "load_in_8bit")
+RENDERED = ("messages", "tools", "documents", "add_generation_prompt")  # what every rendering gives a chat template
 OUTPUT_LAYERS = ("lm_head", "output_layer", "embed_out")  # of Qwen and Llama, of ChatGLM, of GPT-NeoX
 # Keys of training_args that look at the loss of dataset.validation, and with which values.
 NEEDS_VALIDATION = {
@@ -120,6 +122,26 @@ def _templates(recipe: Recipe) -> Iterator[Problem]:
         yield "chat.instruction_template", "needs chat.response_template, which starts the answers; give both"
 
 
+def _variables(recipe: Recipe) -> Iterator[Problem]:
+    for name, value in recipe.chat.variables.items():
+        if name in RENDERED:
+            yield f"chat.variables.{name}", "is given to the chat template with each conversation; take it out"
+        elif not _is_json([name, value]):
+            yield (
+                f"chat.variables.{name}",
+                "is not JSON: keys must be text, and text whole characters; quote or mend it",
+            )
+
+
+def _is_json(value: Any) -> bool:
+    """Of what YAML gives, JSON lacks only keys that are numbers and text with halves of surrogate pairs."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and _is_json([*value, *value.values()])
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return not isinstance(value, str) or not re.search("[\ud800-\udfff]", value)
+
+
 def _output_dir(recipe: Recipe) -> Iterator[Problem]:
     if recipe.output_dir == Path(recipe.model_name_or_path):
         yield "output_dir", "is the model's own folder, which the run would overwrite; give another"
@@ -132,5 +154,6 @@ _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _splits,
     _columns,
     _templates,
+    _variables,
     _output_dir,
 )

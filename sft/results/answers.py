@@ -48,14 +48,13 @@ def list_turns(conversations: Sequence[tuple[str, Conversation]], encoder: ChatE
     turns = []
     for place, conversation in conversations:
         messages, tools, untrained = conversation
-        numbers = assistant_turns(messages)
-        for nth, number in enumerate(numbers):
+        for number in assistant_turns(messages):
             if number in untrained:
                 continue
             reference = messages[number].get("content") or ""
             if messages[number].get("tool_calls"):
-                encoded = encoder.encode(messages, tools)
-                start, stop = encoded.turns[nth]
+                encoded = encoder.encode(messages[: number + 1], tools, last_only=True)
+                start, stop = encoded.turns[-1]
                 reference = without_thoughts(answer_text(encoder, encoded.input_ids[start : stop - 1]))
             prompt = encoder.encode_prompt(messages[:number], tools)
             turns.append(Turn(place, number, conversation, prompt, reference))

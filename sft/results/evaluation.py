@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation, assistant_turns
+from sft.data.examples import ExampleMaker
 from sft.errors import DataError
 from sft.files import write_json, write_json_lines
 from sft.model.load import load_model, load_trained
 from sft.model.lora import load_adapter
 from sft.model.machine import local_device
-from sft.recipe import Recipe
+from sft.recipe import ChatOptions, Recipe
 from sft.results.answers import (
     Answers,
     CausalLM,
@@ -36,6 +37,7 @@ from sft.results.run_folder import Prediction
 from sft.results.scores import Columns, ModelName, Scores, load_metric, score_answers
 
 ANSWER_COLUMNS = ("predictions", "finished")
+DEFAULT_CHAT = ChatOptions()
 LOGIT_ROWS = 4096  # tokens whose logits are held at once: with 152,000 tokens in the vocabulary 1.2 GB in bfloat16
 
 
@@ -81,7 +83,7 @@ def evaluate_models(
                 generate_answers(each.model, encoder, own, answers, each.name, config, options.batch_size)
                 own_columns[each.name] = _answer_columns(answers, each.name, own)
                 if own and needed - {"references", *ANSWER_COLUMNS}:
-                    losses = reference_losses(each.model, encoder, own, options.batch_size)
+                    losses = reference_losses(each.model, encoder, own, options.batch_size, recipe.chat)
                     own_columns[each.name] = {**own_columns[each.name], **losses}
     columns = _gathered(own, own_columns, turns)
     scores = processes.decide(lambda: _write_scores(recipe, turns, columns))
@@ -205,34 +207,49 @@ class ReferenceLoss(NamedTuple):
 
 
 def reference_losses(
-    model: CausalLM, encoder: ChatEncoder, turns: Sequence[Turn], batch_size: int
+    model: CausalLM, encoder: ChatEncoder, turns: Sequence[Turn], batch_size: int, chat: ChatOptions = DEFAULT_CHAT
 ) -> dict[str, list[float]]:
-    """What the model gives the reference answers: each field of ReferenceLoss, with one value a turn."""
-    conversations = {turn.place: turn.conversation for turn in turns}
+    """What the model gives the reference answers: each field of ReferenceLoss, with one value a turn.
+
+    In the examples that chat.examples makes of rows, as in training.
+    """
     losses: dict[str, ReferenceLoss] = {}
-    rows = [(place, c, encoder.encode(c.messages, c.tools)) for place, c in conversations.items()]
-    rows.sort(key=lambda row: -len(row[2].input_ids))
+    rows = list(_reference_rows(encoder, {turn.place: turn.conversation for turn in turns}, chat))
+    rows.sort(key=lambda row: -len(row[0]))
     pad = encoder.tokenizer.pad_token_id or 0
     hidden = None if processes.is_first() else True
     bar = tqdm(total=len(rows), desc="References", disable=hidden, leave=False)
     while rows:
-        size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][2].input_ids)))
+        size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][0])))
         batch, rows = rows[:size], rows[size:]
-        width = max(len(encoded.input_ids) for _, _, encoded in batch)
-        padding = [width - len(encoded.input_ids) for _, _, encoded in batch]
-        padded = [[*encoded.input_ids, *[pad] * n] for (_, _, encoded), n in zip(batch, padding, strict=True)]
+        width = max(len(input_ids) for input_ids, _ in batch)
+        padding = [width - len(input_ids) for input_ids, _ in batch]
+        padded = [[*input_ids, *[pad] * n] for (input_ids, _), n in zip(batch, padding, strict=True)]
         ids = torch.tensor(padded).to(model.device)
         mask = torch.tensor([[1] * (width - n) + [0] * n for n in padding]).to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, (place, conversation, encoded) in enumerate(batch):
-            numbers = assistant_turns(conversation.messages)
-            for number, (start, stop) in zip(numbers, encoded.turns, strict=True):
+        for row, (_, answers) in enumerate(batch):
+            for key, (start, stop) in answers.items():
                 # The logits at a position are for the token after it.
                 predicted, labels = logits[row, start - 1 : stop - 1].float(), ids[row, start:stop]
                 loss = cross_entropy(predicted, labels, reduction="sum").item()
                 correct = int((predicted.argmax(-1) == labels).sum())
-                losses[f"{place}#{number}"] = ReferenceLoss(loss, correct, tokens=stop - start)
+                losses[key] = ReferenceLoss(loss, correct, tokens=stop - start)
         bar.update(len(batch))
     bar.close()
     columns = zip(*(losses[turn.key] for turn in turns), strict=True)
     return dict(zip(ReferenceLoss._fields, map(list, columns), strict=True))
+
+
+def _reference_rows(
+    encoder: ChatEncoder, conversations: Mapping[str, Conversation], chat: ChatOptions
+) -> Iterator[tuple[list[int], dict[str, tuple[int, int]]]]:
+    """The ids of each example, and where in them the answers stand that it is for, by Turn.key."""
+    maker = ExampleMaker(encoder, replace(chat, loss_on="all_turns"))  # every answer is scored
+    for place, conversation in conversations.items():
+        examples = maker.make(conversation)
+        for messages, tools, _ in examples.conversations:
+            encoded = encoder.encode(messages, tools, last_only=not examples.is_whole)
+            numbers = assistant_turns(messages)[-len(encoded.turns) :]
+            keys = [f"{place}#{number}" for number in numbers]
+            yield list(encoded.input_ids), dict(zip(keys, encoded.turns, strict=True))

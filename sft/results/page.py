@@ -13,7 +13,17 @@ from sft.files import write_bytes, write_text
 from sft.results.curves import loss_png, plots
 from sft.results.replies import GROUPS, choose_replies
 from sft.results.run_folder import read_run
-from sft.results.words import headline, message_text, notices, plain, resources, score_table, spelled_out, story
+from sft.results.words import (
+    headline,
+    message_text,
+    notices,
+    parity_line,
+    plain,
+    resources,
+    score_table,
+    spelled_out,
+    story,
+)
 
 
 def write_report(output_dir: Path) -> Path:
@@ -34,6 +44,7 @@ def write_report(output_dir: Path) -> Path:
         groups=GROUPS,
         notices=notices(run.ledger) if run.ledger else [],
         resources=resources(run),
+        parity=parity_line(run.config["parity"]) if run.config.get("parity") else None,
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=1000),
     )
     write_bytes(output_dir / "loss.png", loss_png(run.log))

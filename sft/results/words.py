@@ -139,6 +139,22 @@ def resources(run: Run) -> list[tuple[str, str]]:
     return rows
 
 
+def parity_line(parity: dict[str, Any]) -> str:
+    """What the comparison with a server found, in words.
+
+    >>> parity_line({"prompts": 38, "spelled_control_tokens": 0, "trained_stops": {"</s>": 2}, "stops": {"</s>": 2}})
+    'parity: a fresh process with plain transformers renders 38 prompts to the ids of training; it stops at </s> (2)'
+    """
+    if reason := parity.get("not_checked"):
+        return f"parity: not checked; {reason}"
+    words = (
+        f"parity: a fresh process with plain transformers renders {parity['prompts']:,} prompts to the ids of training"
+    )
+    if spelled := parity.get("spelled_control_tokens"):
+        words += f" ({spelled:,} more spell a control token: text in training, the token for a server)"
+    return f"{words}; it stops at {', '.join(f'{token} ({id})' for token, id in parity['stops'].items())}"
+
+
 def notices(ledger: dict[str, Any]) -> list[str]:
     """What a person should know about the data, the gravest first."""
 
@@ -166,6 +182,8 @@ def notices(ledger: dict[str, Any]) -> list[str]:
         if trimmed := file.get("trimmed"):
             found.append(f"{file['path']}: {len(trimmed):,} trimmed to dataset.max_length, at line {lines(trimmed)}")
         found += [f"{file['path']}: {count:,} {note}" for note, count in (file.get("notes") or {}).items()]
+        if "examples" in file:
+            found.append(f"{file['path']}: {file['used']:,} rows give {file['examples']:,} examples (chat.examples)")
     return found
 
 

@@ -164,12 +164,15 @@ def with_lora(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftM
 
 
 def samples(data: Data, tokenizer: PreTrainedTokenizerBase, count: int = 2) -> list[dict[str, Any]]:
-    """The first rows of each file with their masks, for --check and the report."""
+    """The first examples of each file with their masks, for --check and the report."""
     found = []
     for file in data.files:
-        for row in file.rows.select(range(min(count, len(file.rows)))):
+        lines = file.rows.data.column("line")[: count + 1].to_pylist()
+        for i, row in enumerate(file.rows.select(range(min(count, len(file.rows))))):
             pieces = mask_pieces(tokenizer, row["input_ids"], row["assistant_mask"])
-            found.append({"place": f"{file.path}:{row['line']}", "pieces": pieces})
+            place, number = f"{file.path}:{row['line']}", lines[: i + 1].count(row["line"])
+            of_several = lines.count(row["line"]) > 1
+            found.append({"place": f"{place}, example {number}" if of_several else place, "pieces": pieces})
     return found
 
 

@@ -70,13 +70,28 @@ def test_the_text_of_every_family_is_the_same_with_and_without_the_key(empty_fol
     marks = [True, False, True, False]
     plain, marked = ([(str(i), {"train": m} if use else {}) for i, m in enumerate(marks)] for use in (False, True))
     encoder = ChatEncoder(tokenizer)
-    Path("recipe.yaml").write_text(RECIPE.replace("  system: S\n", ""), encoding="utf-8")
+    Path("recipe.yaml").write_text(RECIPE.replace("  system: S\n", "") + "chat: {examples: whole}\n", encoding="utf-8")
     rows = [(1, chat(*plain)), (2, chat(*marked)), (3, chat(*marked))]
     tokeniser = FileTokeniser(encoder, load_recipe("recipe.yaml"), "auto")
     every, some, again = (row for batch in tokeniser.batches(rows) for row in batch.to_pylist())
     assert every["input_ids"] == some["input_ids"] and some["assistant_mask"] == again["assistant_mask"]
     said = supervised(tokenizer, every)
     assert supervised(tokenizer, some) == [said[0], said[2]]
+
+
+def test_an_answer_that_is_taken_out_gives_no_example_of_its_own(empty_folder):
+    tokenizer = build(FAMILIES["qwen3"], "bytes")
+    Path("recipe.yaml").write_text(RECIPE.replace("  system: S\n", ""), encoding="utf-8")
+    rows = [(1, chat(("1", {}), ("2", {"train": False}), ("3", {}))), (2, chat(("1", {}), ("2", {}), ("3", {})))]
+    tokeniser = FileTokeniser(ChatEncoder(tokenizer), load_recipe("recipe.yaml"), "auto")
+    made = [row for batch in tokeniser.batches(rows) for row in batch.to_pylist()]
+    of_first, of_second = ([row for row in made if row["line"] == line] for line in (1, 2))
+    assert [row["input_ids"] for row in of_first] == [row["input_ids"] for row in (of_second[0], of_second[2])]
+    assert [row["assistant_mask"] for row in of_first] == [
+        row["assistant_mask"] for row in (of_second[0], of_second[2])
+    ]
+    assert tokeniser.facts()["notes"]["answers that their rows take out of the loss"] == 1
+    assert len(of_second) == 3
 
 
 @given(st.lists(st.sampled_from([None, True, False]), min_size=1, max_size=6))

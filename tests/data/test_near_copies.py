@@ -12,8 +12,8 @@ from sft.data import near_copies, signatures
 from sft.data.ledger import ledger_table
 from sft.data.near_copies import find_near_copies
 from sft.data.signatures import NGRAM, SIGNATURE_BYTES, similarity, text_of
+from sft.data.token_cache import TokenFile
 from sft.data.token_rows import Split, TokenRows
-from sft.data.tokens import TokenFile
 from sft.results.words import notices
 from tests.data.conftest import talk, write
 

@@ -18,12 +18,13 @@ import pyarrow as pa
 import pytest
 
 import sft.files
-from sft.data import splits, tokens
+from sft.data import splits, token_cache, tokens
 from sft.data.chat import CONTROL_AS_TEXT, ChatEncoder, Encoded
 from sft.data.ledger import find_repeats, ledger_table
 from sft.data.packing import best_fit, pack
 from sft.data.token_rows import Split, TokenRows
 from sft.errors import DataError, FormatError, RecipeError
+from sft.model.tokenizer import with_defaults
 from tests.data.conftest import RECIPE, talk, texts, write
 from tests.families import FAMILIES, build
 
@@ -34,13 +35,13 @@ BAD, CONTROL, OVERLONG = "bad row", "control token", "over-long"
 @pytest.fixture
 def files_read(monkeypatch):
     """The names of the files whose rows are read, as they are."""
-    names, real = [], tokens.read_rows
+    names, real = [], token_cache.read_rows
 
     def reading(file):
         names.append(str(file))
         return real(file)
 
-    for module in (tokens, splits):
+    for module in (token_cache, splits):
         monkeypatch.setattr(module, "read_rows", reading)
     return names
 
@@ -122,7 +123,7 @@ def test_finding_repeated_rows_takes_16_bytes_a_row():
     hashes[half + 1 :] = hashes[1 : half + 1]  # the worst case: every row is repeated
     hashes[0] = -(2**63)  # but the one that sorts first, so that pairs lie across the slices
     lines = datasets.Dataset(pa.table({"line": pa.array(range(1, count + 1), pa.int32())}))
-    rows = TokenRows([tokens.TokenFile("a", lines, {}, [])], [1.0])
+    rows = TokenRows([token_cache.TokenFile("a", lines, {}, [])], [1.0])
     rows.hashes = hashes
     tracemalloc.start()
     repeats, named = find_repeats(Split("train", rows, np.arange(0))).values()
@@ -188,7 +189,7 @@ def test_a_cut_row_is_the_conversation_that_ended_there(run, name):
     write("train.jsonl", talk(*long))
     write("ended.jsonl", talk(*long[:4]))
     both = ["dataset.train=[train.jsonl, ended.jsonl]", "dataset.max_length=150", "dataset.max_lost=1"]
-    data = run(*both, tokenizer=family)
+    data = run(*both, "chat.examples=whole", tokenizer=family)
     assert data.train[0] == data.train[1]
     assert [file["trimmed"] for file in data.ledger["files"]] == [[1], []]
 
@@ -244,6 +245,23 @@ def test_loss_on_the_last_turn_only(run, tokenizer):
         for row in (every, last)
     ]
     assert supervised == ["2<|im_end|>44<|im_end|>", "44<|im_end|>"]
+
+
+def test_variables_of_the_template_are_part_of_the_key(run, files_read):
+    family = build(FAMILIES["qwen3"], "bytes")
+    write("train.jsonl", talk("1", "2"))
+    run(tokenizer=family)
+    family.chat_template = with_defaults(family.chat_template, {"enable_thinking": False})
+    run(tokenizer=family)
+    assert files_read == ["train.jsonl"] * 2
+
+
+def test_loss_after_the_reasoning_only(run):
+    family = build(FAMILIES["qwen3"], "bytes")
+    write("train.jsonl", talk("1", "2"))
+    (row,) = run("chat.loss_on=after_thinking", tokenizer=family).train
+    trained_on = [token for token, mask in zip(row["input_ids"], row["assistant_mask"], strict=True) if mask]
+    assert family.decode(trained_on) == "2<|im_end|>"
 
 
 def test_more_lost_rows_than_the_recipe_allows_is_an_error(run):
@@ -427,9 +445,9 @@ def test_batches_of_long_rows_are_short(run, monkeypatch):
     """So that no batch holds the 2**31 tokens past which Arrow's offsets overflow."""
     sizes, real = [], ChatEncoder.render_batch
 
-    def recording(self, conversations):
+    def recording(self, conversations, *known):
         sizes.append(len(conversations))
-        return real(self, conversations)
+        return real(self, conversations, *known)
 
     monkeypatch.setattr(ChatEncoder, "render_batch", recording)
     monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 100)
@@ -452,7 +470,13 @@ def test_a_second_run_reads_no_row(run, files_read):
 
 @pytest.mark.parametrize(
     "override",
-    ["dataset.max_length=1000", "dataset.system=T", "chat.loss_on=last_turn", "dataset.overlength=drop"],
+    [
+        "dataset.max_length=1000",
+        "dataset.system=T",
+        "chat.loss_on=last_turn",
+        "chat.examples=whole",
+        "dataset.overlength=drop",
+    ],
 )
 def test_what_changes_the_rows_makes_them_anew(run, files_read, override):
     write("train.jsonl", talk("1", "2"))
@@ -529,14 +553,14 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(run, tmp_path, monkeypa
 
 def test_a_file_that_is_being_made_is_waited_for(run, files_read, monkeypatch):
     write("train.jsonl", *[talk(str(i), "2") for i in range(20)])
-    begun, real, results = threading.Event(), tokens._write, []
+    begun, real, results = threading.Event(), token_cache._write, []
 
     def slow(*args):
         begun.set()
         threading.Event().wait(0.3)
         real(*args)
 
-    monkeypatch.setattr(tokens, "_write", slow)
+    monkeypatch.setattr(token_cache, "_write", slow)
     threads = [threading.Thread(target=lambda: results.append(len(run().train))) for _ in range(2)]
     threads[0].start()
     assert begun.wait(20)
@@ -551,15 +575,16 @@ def test_two_processes_at_once_make_the_rows_once(run, tmp_path):
     Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
     script = """
 import sys, time, datasets
-from sft.data import splits, tokens
+from sft.data import splits, token_cache, tokens
 from pathlib import Path
+from sft.model.tokenizer import with_defaults
 from sft.recipe import load_recipe
 from tests.families import FAMILIES, build
 datasets.config.HF_DATASETS_CACHE = Path("cache")
-made, real = [], tokens._write
+made, real = [], token_cache._write
 def slow(*args):
     made.append(1); time.sleep(0.5); real(*args)
-tokens._write = slow
+token_cache._write = slow
 tokenizer = build(FAMILIES["qwen2_5"], "bytes")
 Path(f"ready{sys.argv[1]}").touch()
 while len(list(Path().glob("ready*"))) < 2: time.sleep(0.01)

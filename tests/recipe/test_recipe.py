@@ -132,7 +132,14 @@ def test_defaults_are_the_documented_ones() -> None:
             "num_proc": None,
             "streaming": False,
         },
-        "chat": {"template": None, "loss_on": "all_turns", "response_template": None, "instruction_template": None},
+        "chat": {
+            "template": None,
+            "variables": {},
+            "examples": "auto",
+            "loss_on": "all_turns",
+            "response_template": None,
+            "instruction_template": None,
+        },
         "quantization_config": None,
         "lora_config": None,
         "training_args": {},
@@ -394,6 +401,14 @@ def test_a_wrong_line_is_answered_with_what_to_do(line: str, problem: str) -> No
         (
             "chat: {instruction_template: '<user>'}",
             "4: chat.instruction_template: needs chat.response_template, which starts the answers; give both",
+        ),
+        (
+            "chat:\n  variables: {enable_thinking: false, tools: []}",
+            "5: chat.variables.tools: is given to the chat template with each conversation; take it out",
+        ),
+        (
+            "chat:\n  variables: {levels: [{1: low}]}",
+            "5: chat.variables.levels: is not JSON: keys must be text, and text whole characters; quote or mend it",
         ),
     ],
 )

@@ -45,6 +45,7 @@ RANDOM_MODELS = {
     "smollm2": (LlamaForCausalLM, LlamaConfig, "qwen2_5", "bytes"),  # a Llama that is spoken to in ChatML
     "llama3": (LlamaForCausalLM, LlamaConfig, "llama3", "bytes"),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, "qwen2_5", "bytes"),
+    "qwen3": (Qwen2ForCausalLM, Qwen2Config, "qwen3", "bytes"),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, "gemma3", "gemma"),
     "phi3": (Phi3ForCausalLM, Phi3Config, "phi3", "metaspace"),
 }

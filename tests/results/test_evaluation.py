@@ -9,11 +9,13 @@ import sft.results.answers
 import sft.results.evaluation
 from sft.data.conversation import Conversation
 from sft.errors import DataError
+from sft.recipe import ChatOptions
 from sft.results.answers import generation_mode, list_turns
 from sft.results.evaluation import EvaluatedModel, evaluate_models, reference_losses
 from tests.results.chatters import (
     CONVERSATIONS,
     Killed,
+    assistant,
     chatglm3_chatter,
     count_generated,
     greedy,
@@ -191,3 +193,24 @@ def test_a_test_split_without_an_answer_is_an_error(llama, tmp_path):
 def test_sampling_with_stop_strings_is_what_the_recipe_may_ask_for(llama, tmp_path):
     sampling = ["evaluation.generation.do_sample=true", "evaluation.generation.stop_strings=[the]"]
     assert score_alone(llama, tmp_path, *sampling)["rows"] == 11
+
+
+@pytest.mark.parametrize("mode", ["whole", "each_answer"])
+def test_reference_losses_are_of_the_examples_that_are_trained(mode):
+    """Qwen3 writes its <think> block into a last answer only."""
+    chatter = random_chatter("qwen3")
+    conversation = Conversation([user("Hello"), assistant("the pier"), user("And you?"), assistant("I count.")])
+    (first, second) = list_turns([("a:1", conversation)], chatter.encoder)
+    with generation_mode(chatter.model, True):
+        losses = reference_losses(chatter.model, chatter.encoder, [first, second], 2, ChatOptions(examples=mode))
+        for i, turn in enumerate((first, second)):
+            ended = turn.conversation.messages[: turn.number + 1] if mode == "each_answer" else conversation.messages
+            encoded = chatter.encoder.encode(ended)
+            start, stop = encoded.turns[-1] if mode == "each_answer" else encoded.turns[i]
+            if mode == "each_answer":
+                assert turn.prompt == list(encoded.input_ids[:start])
+            labels = torch.full((1, len(encoded.input_ids)), -100)
+            labels[0, start:stop] = torch.tensor(encoded.input_ids[start:stop])
+            mean = chatter.model(input_ids=torch.tensor([encoded.input_ids]), labels=labels).loss
+            assert losses["tokens"][i] == stop - start
+            assert losses["loss_sum"][i] == pytest.approx(mean.item() * (stop - start), rel=1e-4)

@@ -1,0 +1,141 @@
+"""One file -> token rows on disk, made once and kept.
+
+They are memory-mapped from a cache whose key is the file's content, the tokenizer, the template and the options that
+matter; the policies of the recipe (error, skip, drop) are applied to what the cache says (bad_rows.py), so a change of
+policy costs nothing. With several processes the first does the work and the others wait.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from sft.data.chat import ChatEncoder
+from sft.data.row_formats import FORMATS
+from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_rows
+from sft.data.signatures import SIGNATURE_BYTES
+from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
+from sft.errors import DataError
+from sft.files import whole_folder
+from sft.recipe import Recipe
+
+
+@dataclass
+class TokenFile:
+    """One tokenised file: its rows memory-mapped, its part of the ledger.
+
+    signatures: of each row, uint8, (rows, SIGNATURE_BYTES), memory-mapped; none where near copies are not looked for.
+    """
+
+    path: DataFile
+    rows: datasets.Dataset
+    facts: Facts
+    problems: list[Problem]
+    signatures: np.ndarray = field(default_factory=partial(np.zeros, (0, SIGNATURE_BYTES), np.uint8))
+
+
+def cache_folder() -> Path:
+    """Where tokenised files are kept: beside the datasets library's own cache."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
+
+
+def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
+    """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
+    digest = _digest_of(file)
+    key = hashlib.sha256(
+        json.dumps([digest, file_type(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
+    ).hexdigest()[:32]
+    folder = cache_folder() / key
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "facts.json").is_file():
+                with whole_folder(folder) as partial:
+                    _write(partial, file, fmt, encoder, recipe)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: token rows cannot be kept there ({error.strerror or error}); name another folder with "
+            "the environment variable HF_DATASETS_CACHE"
+        ) from None
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    problems = [Problem(*problem) for problem in facts.pop("problems")]
+    rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+    tokens = TokenFile(file, rows, {"sha256": digest, **facts}, problems)
+    if finds_near_copies(recipe) and len(rows):  # no system maps an empty file
+        tokens.signatures = np.memmap(folder / "signatures", np.uint8, "r", shape=(len(rows), SIGNATURE_BYTES))
+    return tokens
+
+
+def finds_near_copies(recipe: Recipe) -> bool:
+    """Whether rows of the test split are looked up among those of the training split."""
+    options = recipe.dataset
+    return options.near_duplicates == "report" and options.test is not None and not options.streaming
+
+
+def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
+    with (
+        tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
+        open(folder / "rows.arrow", "wb") as sink,
+        open(folder / "signatures", "wb") as signatures_file,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+    ):
+        tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
+        for batch in tokeniser.batches(read_rows(file)):
+            writer.write_batch(batch)
+            bar.update(tokeniser.rows_read - bar.n)
+    tokeniser.reader.refuse_unused_columns(file)
+    tokeniser.problems.sort()
+    facts = {**tokeniser.facts(), "problems": tokeniser.problems}
+    (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+def _digest_of(file: DataFile) -> str:
+    if isinstance(file, HubDataset):
+        return f"hub:{file}@{dataset_digest(file)}"
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _fingerprint(encoder: ChatEncoder) -> str:
+    if encoder in _fingerprints:
+        return _fingerprints[encoder]
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
+        str(tokenizer.chat_template),
+        repr(sorted(tokenizer.special_tokens_map.items())),
+    ]
+    _fingerprints[encoder] = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return _fingerprints[encoder]
+
+
+_fingerprints: WeakKeyDictionary[ChatEncoder, str] = WeakKeyDictionary()  # each takes 0.2 s for 150,000 tokens
+
+
+def _options(recipe: Recipe) -> list[Any]:
+    options = recipe.dataset
+    chat, trim, control_as_text = recipe.chat, options.overlength == "trim", options.control_tokens == "text"
+    rows = [options.system, options.columns, options.max_length, trim, control_as_text, chat.examples, chat.loss_on]
+    return [*rows, finds_near_copies(recipe)]
+
+
+def _code_digest(fmt: str) -> str:
+    """Of the code that makes the rows: a change of it makes them anew."""
+    here = Path(__file__).resolve().parent
+    files = [*sorted(here.glob("*.py")), *sorted((here.parent / "model" / "chatglm3").glob("*.py"))]
+    files += sorted(FORMATS.glob("*.py")) if fmt == "auto" else [FORMATS / f"{fmt}.py"]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,75 @@
+"""docs/reasoning.md shows what --check prints. After a change: python -m tests.data.test_reasoning_docs"""
+
+import copy
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import datasets
+
+from sft.data.splits import prepare
+from sft.model.tokenizer import with_defaults
+from sft.recipe import load_recipe
+from sft.training.check import render_pieces, samples
+from tests.families import FAMILIES, build
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reasoning.md"
+BLOCK = re.compile(r"(<!-- check: (.*?) -->\n```text\n)(.*?)(?=```)", re.DOTALL)
+
+
+def shown(settings, row, folder):
+    """The examples of a row as `--check` shows them, under settings as an override spells them."""
+    (folder / "maren.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    recipe = folder / "recipe.yaml"
+    text = f"model_name_or_path: m\noutput_dir: o\ndataset: {{train: {folder}/maren.jsonl, packing: false}}\n"
+    recipe.write_text(text, encoding="utf-8")
+    made = load_recipe(recipe, settings)
+    tokenizer = build(FAMILIES["qwen3"], "bytes")
+    tokenizer.chat_template = with_defaults(tokenizer.chat_template, made.chat.variables)
+    found = samples(prepare(made, tokenizer), tokenizer)
+    texts = [f"{each['place']}\n{render_pieces(each['pieces'], False)}" for each in found]
+    return "\n".join(texts).replace(f"{folder}/", "")
+
+
+def page_text(text):
+    """The page with its blocks as they are now."""
+    row = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    plain = copy.deepcopy(row)
+    del plain["messages"][1]["reasoning_content"]
+
+    def block(match):
+        settings, without, _ = match[2].partition(" without reasoning")
+        overrides = re.findall(r"\S+?=(?:\{.*?\}|\S+)", settings)
+        with tempfile.TemporaryDirectory() as folder:
+            return match[1] + shown(overrides, plain if without else row, Path(folder))
+
+    return BLOCK.sub(block, text)
+
+
+def test_page_shows_what_check_prints():
+    text = PAGE.read_text(encoding="utf-8")
+    assert page_text(text) == text, "run python -m tests.data.test_reasoning_docs, and read what changed"
+
+
+def test_page_shows_every_setting():
+    shown_settings = {match[2] for match in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))}
+    for examples in ("whole", "each_answer"):
+        for loss_on in ("all_turns", "last_turn", "after_thinking"):
+            assert f"chat.examples={examples} chat.loss_on={loss_on}" in shown_settings
+
+
+def test_auto_is_each_answer_for_the_dialogue_of_the_page(tmp_path):
+    row = json.loads(re.search(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
+    for loss_on in ("all_turns", "last_turn", "after_thinking"):
+        auto, each = (
+            shown([f"chat.examples={mode}", f"chat.loss_on={loss_on}"], row, tmp_path)
+            for mode in ("auto", "each_answer")
+        )
+        assert auto == each
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        PAGE.write_text(page_text(PAGE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

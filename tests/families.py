@@ -382,6 +382,19 @@ def build(family: Family, kind: str) -> PreTrainedTokenizerFast:
     )
 
 
+def tokenizer_for(name: str, kind: str = "bytes") -> PreTrainedTokenizerFast:
+    """A tokenizer for any of trl's templates: what it spells like a control token is one."""
+    source = template(name)
+    special = {"<s>", "</s>", *re.findall(r"<\|[A-Za-z_\d]+\|?>|<[a-z_]+\|>|<｜[^｜\s]+｜>", source)}
+    special |= set(re.findall(r"<(?:start|end)_of_[a-z]+>|<[A-Z]+_TOKEN>|\[gMASK\]|<sop>|<image>", source))
+    tokenizer = Tokenizer.from_str(trained(kind))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in sorted(special)])
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False) for t in ("<think>", "</think>", "<tool_call>", "</tool_call>") if t in source]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=source)
+
+
 # --------------------------------------------------------------------------------------------------------- comparison
 
 

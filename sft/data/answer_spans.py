@@ -19,7 +19,7 @@ what it cannot tell. An example, with ■ for the mark and ⏎ for a line break:
 
 import os.path
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -143,9 +143,13 @@ class _Question:
 
 
 def locate_turns(
-    render: Render, messages: list[Message], tools: Tools | None, control: re.Pattern[str]
+    render: Render,
+    messages: list[Message],
+    tools: Tools | None,
+    control: re.Pattern[str],
+    answers: Sequence[int] | None = None,
 ) -> LocatedTurns:
-    """Renders a conversation and finds each answer with its stop token in the text.
+    """Renders a conversation and finds each answer (or those that `answers` names) with its stop token in the text.
 
     Raises: FormatError: an answer's beginning or end cannot be told.
     """
@@ -153,7 +157,7 @@ def locate_turns(
     mark = unused_character((text, messages, tools))
     spans: list[tuple[int, int]] = []
     unwritten_prompt = ""
-    for k in assistant_turns(messages):
+    for k in assistant_turns(messages) if answers is None else answers:
         question = _Question(render, messages, tools, k, mark, control)
         calls = messages[k].get("tool_calls") or []
         if not all(isinstance(call, dict) for call in calls):

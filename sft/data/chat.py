@@ -97,8 +97,15 @@ class ChatEncoder:
 
     # --------------------------------------------------------------------------------------------- one conversation
 
-    def encode(self, messages: list[Message], tools: Tools | None = None) -> Encoded:
-        """One conversation, located with care. Raises: FormatError: it cannot be encoded exactly."""
+    def encode(
+        self, messages: list[Message], tools: Tools | None = None, answers: Sequence[int] | None = None
+    ) -> Encoded:
+        """One conversation, located with care.
+
+        answers: the indexes of the messages that are to have turns; all of the assistant's where it is None.
+
+        Raises: FormatError: it cannot be encoded exactly.
+        """
         if self.native:
             input_ids, turns = self._native_tokenizer.encode_conversation(messages, tools)
             return Encoded(input_ids, turns)
@@ -109,7 +116,7 @@ class ChatEncoder:
                 raise ControlTokenError(f"spells the control token {spelled[0]!r}")
             messages, tools, rust = self.control.split_spelled(messages, tools)
             notes.append(CONTROL_AS_TEXT)
-        located = locate_turns(self.render, messages, tools, self.control.pattern)
+        located = locate_turns(self.render, messages, tools, self.control.pattern, answers)
         if located.unwritten_prompt:
             notes.append(PROMPT_PARTED)
         ids, turns, header_merged = self._tokens_of(located.text, located.spans, rust)

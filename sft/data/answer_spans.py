@@ -31,6 +31,7 @@ from transformers.utils import chat_template_utils
 
 from sft.data.control_tokens import unused_character
 from sft.data.conversation import Message, Tools, assistant_turns
+from sft.data.message_forms import in_parts, wants_parts
 from sft.errors import FormatError, ModelError
 
 
@@ -61,6 +62,8 @@ class ChatTemplate:
             raise ModelError(f"the tokenizer's chat templates: {error}") from None
         self._compiled, self._compiled_with_tools = map(_compile, sources)
         self._variables = {"documents": None, **tokenizer.special_tokens_map}
+        self._in_parts = False
+        self._in_parts = wants_parts(self.render)
 
     def render(self, messages: list[Message], tools: Tools | None = None, prompt: bool = False) -> str:
         """The template's own text, as `apply_chat_template` gives it.
@@ -71,6 +74,8 @@ class ChatTemplate:
         plain = [
             {key: value for key, value in m.items() if value is not None} if None in m.values() else m for m in messages
         ]
+        if self._in_parts:
+            plain = list(map(in_parts, plain))
         if any("reasoning_content" in m or "reasoning" in m or "thinking" in m for m in plain):
             plain = chat_template_utils._alias_reasoning_fields(plain)  # pinned: transformers
         try:

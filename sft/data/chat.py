@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data.answer_spans import ChatTemplate, locate_turns, tokens_around_messages
 from sft.data.control_tokens import ControlTokens, added_token_pattern
-from sft.data.conversation import Conversation, Message, Tools
+from sft.data.conversation import Conversation, Message, Tools, assistant_turns
 from sft.data.turn_reader import Shape, Turn, TurnReader
 from sft.errors import ControlTokenError, FormatError, ModelError
 
@@ -108,7 +108,8 @@ class ChatEncoder:
         """
         if self.native:
             input_ids, turns = self._native_tokenizer.encode_conversation(messages, tools)
-            return Encoded(input_ids, turns)
+            order = assistant_turns(messages)
+            return Encoded(input_ids, turns if answers is None else [turns[order.index(k)] for k in answers])
         notes = []
         rust = self._rust
         if spelled := self.control.find(messages, tools):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import trl
 
+from formats.messages import to_messages
 from sft.data.chat import HEADER_MERGED, ChatEncoder
+from sft.errors import FormatError
 from tests.families import tokenizer_for
 
 NAMES = sorted(path.stem for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
@@ -116,7 +118,7 @@ CALLED = {
     ),
 }
 
-PLAIN_REFUSED_TODAY = {"glm4moe", "gptoss", "idefics3", "llava_next", "smolvlm"}
+PLAIN_REFUSED_TODAY = {"glm4moe", "gptoss"}
 CALLED_REFUSED_TODAY = {
     *("deepseekv3 diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5 glm4moe gptoss muse_glimmer".split()),
 }
@@ -136,6 +138,13 @@ def marked(failing, keep=()):
     ]
 
 
+def given(name, messages):
+    """The messages as a user of transformers gives them to this template."""
+    if name.removesuffix("_training") not in ("idefics3", "llava_next", "smolvlm"):
+        return messages
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
 def check(name, messages, tools, expected):
     """The answers' texts are the expected ones, and the ids those of `apply_chat_template` up to a closing marker."""
     chat = ChatEncoder(tokenizer_for(name))
@@ -147,7 +156,7 @@ def check(name, messages, tools, expected):
     for conversation, wanted in rows:
         ids, turns, notes = chat.encode(conversation, tools, answers=wanted)
         found += [decode(ids[start:stop]) for start, stop in turns]
-        own = chat.tokenizer.apply_chat_template(conversation, tools=tools, return_dict=False)
+        own = chat.tokenizer.apply_chat_template(given(name, conversation), tools=tools, return_dict=False)
         closing = chat.tokenizer.convert_tokens_to_ids(["<|user|>"]) if name == "glm4moe" else []
         if HEADER_MERGED in notes:
             assert decode(ids) == decode(own + closing)
@@ -166,3 +175,40 @@ def test_answers_of_a_dialogue_are_told_under_every_template(name):
 def test_tool_calls_are_told_under_every_template_that_writes_them(name):
     if expected := entry(CALLED, name):
         check(name, [HI, CALL, RESULT, SO], TOOLS, expected)
+
+
+def test_content_that_comes_in_parts_is_its_text():
+    parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo."}]
+    row = {"messages": [HI, {"role": "assistant", "content": parts}]}
+    assert to_messages(row) == [HI, HELLO]
+    assert row["messages"][1]["content"] == parts
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "image_url"),
+        ("Hello.", "str"),
+        ({"type": "text"}, "text"),
+    ],
+)
+def test_part_that_is_not_text_is_refused(part, kind):
+    with pytest.raises(FormatError, match=f"content of message 1 has a part of type '{kind}'; only parts"):
+        to_messages({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi."}, part]}, HELLO]})
+
+
+@pytest.mark.parametrize("name", ["idefics3", "llava_next", "smolvlm"])
+def test_template_that_takes_only_parts_is_given_parts(name):
+    chat = ChatEncoder(tokenizer_for(name))
+    messages = [HI, HELLO, WHY]
+    own = chat.tokenizer.apply_chat_template(given(name, messages), return_dict=False, add_generation_prompt=True)
+    assert chat.encode_prompt(messages) == own
+
+
+def test_template_that_takes_text_is_given_text():
+    """Cohere's would fail at a list; Qwen2.5-VL's takes both."""
+    for name in ("cohere", "qwen2_5_vl"):
+        chat = ChatEncoder(tokenizer_for(name))
+        assert chat.encode_prompt([HI]) == chat.tokenizer.apply_chat_template(
+            [HI], return_dict=False, add_generation_prompt=True
+        )

@@ -120,11 +120,14 @@ class LocatedTurns(NamedTuple):
 
     unwritten_prompt: the end of a generation prompt that the rendered turn does not begin with (DeepSeek-R1's
     "<think>\\n"); "" where every turn begins with its whole prompt.
+    closing: the end of `text` that the template does not write: GLM-4.5 ends a turn with the next role's marker only,
+    so after the last turn the marker that most likely follows is put ("<|user|>"); "" mostly.
     """
 
     text: str
     spans: list[tuple[int, int]]
     unwritten_prompt: str
+    closing: str
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def locate_turns(
     text = render(messages, tools)
     mark = unused_character((text, messages, tools))
     spans: list[tuple[int, int]] = []
-    unwritten_prompt = ""
+    unwritten_prompt = closing = ""
     for k in assistant_turns(messages) if answers is None else answers:
         question = _Question(render, messages, tools, k, mark, control)
         calls = messages[k].get("tool_calls") or []
@@ -170,14 +173,14 @@ def locate_turns(
         marked, marked_last, marked_whole = _marked_texts(question)
         start, unwritten = _find_start(question, text, marked_last, marked_whole)
         unwritten_prompt = unwritten or unwritten_prompt
-        stop = _find_stop(question, text, start, marked, marked_last, marked_whole)
+        stop, closing = _find_stop(question, text, start, marked, marked_last, marked_whole)
         if spans and start < spans[-1][1]:
             raise FormatError(f"the end of the answer ({question.name}) cannot be told in the chat template's text")
         for call in calls:
             if (call.get("function") or call).get("name", "") not in text[start:stop]:
                 raise FormatError(f"the chat template does not write the tool calls of {question.name}")
         spans.append((start, stop))
-    return LocatedTurns(text, spans, unwritten_prompt)
+    return LocatedTurns(text + closing, spans, unwritten_prompt, closing)
 
 
 def _marked_texts(question: _Question) -> tuple[Message, str, str]:
@@ -257,32 +260,49 @@ def _header_end(question: _Question, history: list[Message], marked_text: str) -
     raise FormatError(f"the header of {question.name} cannot be told in the chat template's text")
 
 
-def _find_stop(question: _Question, text: str, start: int, marked: Message, marked_last: str, marked_whole: str) -> int:
-    """Where the answer ends in `text`, its stop token included."""
+def _find_stop(
+    question: _Question, text: str, start: int, marked: Message, marked_last: str, marked_whole: str
+) -> tuple[int, str]:
+    """Where the answer ends in `text`, its stop token included, and what must be put behind `text` for that."""
     mark, control = question.mark, question.control
     after_last, after_whole = (t[t.index(mark) + 1 :] for t in (marked_last, marked_whole))
     # A later message may leave no trace in the text (a role that the template does not know).
     after_followed = after_whole if after_whole != after_last else _after_when_followed(question, marked)
     alike = len(os.path.commonprefix([after_last, after_followed]))
     stops = [found for found in control.finditer(after_last) if found.end() <= alike]
-    if not stops:
-        firsts = [found[0] for after in (after_last, after_followed) if (found := control.search(after))]
-        if len(firsts) == 2:
-            raise FormatError(
-                f"the chat template writes {firsts[0]!r} after {question.name} when it is the last, else "
-                f"{firsts[1]!r}, so its stop token cannot be told; give another with chat.template"
-            )
-        raise FormatError(
-            f"the chat template writes no stop token after the answer ({question.name}), so a model trained "
-            "on it would never stop; give one that does with chat.template"
-        )
-    text_after_turn = after_whole[stops[-1].end() :]
-    stop = len(text) - len(text_after_turn)
-    if not text.endswith(text_after_turn) or stop <= start:
+    stop = stops[-1] if stops else _next_marker(question, after_last, after_followed)
+    if after_whole == after_last and stop.end() > len(after_last):  # the last turn, and nothing ends it
+        closing = after_followed[len(after_last) : stop.end()]
+        if not text.endswith(after_last) or len(text) <= start:
+            raise FormatError(f"the end of the answer ({question.name}) cannot be told in the chat template's text")
+        return len(text) + len(closing), closing
+    text_after_turn = after_whole[stop.end() :]
+    end = len(text) - len(text_after_turn)
+    if not text.endswith(text_after_turn) or end <= start:
         raise FormatError(f"the end of the answer ({question.name}) cannot be told in the chat template's text")
-    if not text.endswith(stops[-1][0], start, stop):
-        raise FormatError(f"the chat template ends {question.name} without {stops[-1][0]!r}, its stop token")
-    return stop
+    if not text.endswith(stop[0], start, end):
+        raise FormatError(f"the chat template ends {question.name} without {stop[0]!r}, its stop token")
+    return end, ""
+
+
+def _next_marker(question: _Question, after_last: str, after_followed: str) -> re.Match[str]:
+    """The next role's marker in `after_followed`, where it is all that ends the turn.
+
+    after_last, after_followed: what stands behind the answer when it is the last, and when another message follows.
+    """
+    first_last, first_followed = map(question.control.search, (after_last, after_followed))
+    if first_last is None and first_followed and after_followed.startswith(after_last):
+        if not after_followed[len(after_last) : first_followed.start()].strip():
+            return first_followed
+    if first_last and first_followed:
+        raise FormatError(
+            f"the chat template writes {first_last[0]!r} after {question.name} when it is the last, else "
+            f"{first_followed[0]!r}, so its stop token cannot be told; give another with chat.template"
+        )
+    raise FormatError(
+        f"the chat template writes no stop token after the answer ({question.name}), so a model trained "
+        "on it would never stop; give one that does with chat.template"
+    )
 
 
 def _after_when_followed(question: _Question, marked: Message) -> str:
@@ -313,8 +333,19 @@ def common_length(a: str, b: str, control: re.Pattern[str]) -> int:
     return end
 
 
-def tokens_around_messages(render: Render, added_tokens: re.Pattern[str]) -> Iterator[str]:
-    """Added tokens that the template writes outside the answers of a plain dialogue: its control tokens."""
+class Probed(NamedTuple):
+    """What a plain dialogue and a tool call tell of a template.
+
+    tokens: the added tokens that it writes outside the answers or ends them with: its control tokens.
+    closings: `LocatedTurns.closing` of a conversation, by whether its last message calls tools.
+    """
+
+    tokens: set[str]
+    closings: dict[bool, str]
+
+
+def probe_template(render: Render, added_tokens: re.Pattern[str]) -> Probed:
+    """added_tokens: finds what may prove to be a control token."""
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     call: Message = {
         "role": "assistant",
@@ -325,12 +356,18 @@ def tokens_around_messages(render: Render, added_tokens: re.Pattern[str]) -> Ite
         [user, assistant, user, assistant],
         [{"role": "system", "content": "c"}, user, assistant, user, assistant],
         [user, call, {"role": "tool", "name": "f", "content": "d"}, assistant],
+        [user, call],
     ]
+    probed = Probed(set(), {})
     for messages in probes:
         try:
-            text, spans, _ = locate_turns(render, messages, None, added_tokens)
+            text, spans, _, closing = locate_turns(render, messages, None, added_tokens)
         except FormatError:
             continue  # a template without tools, or without system prompts
+        probed.closings["tool_calls" in messages[-1]] = closing
         edges = [0, *(edge for span in spans for edge in span), len(text)]
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            yield from added_tokens.findall(text, start, stop)
+            probed.tokens.update(added_tokens.findall(text, start, stop))
+        for start, stop in spans:
+            probed.tokens.update(added_tokens.findall(text, start, stop)[-1:])
+    return probed

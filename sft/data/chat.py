@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.answer_spans import ChatTemplate, locate_turns, tokens_around_messages
+from sft.data.answer_spans import ChatTemplate, locate_turns, probe_template
 from sft.data.control_tokens import ControlTokens, added_token_pattern
 from sft.data.conversation import Conversation, Message, Tools, assistant_turns
 from sft.data.turn_reader import Shape, Turn, TurnReader
@@ -88,7 +88,8 @@ class ChatEncoder:
         self._continuations: dict[int, Tokenizer] = {}
         self._added_ids = set(tokenizer.added_tokens_decoder)
         self.control = ControlTokens(tokenizer, self._rust)
-        self.control.add(tokens_around_messages(self.render, added_token_pattern(tokenizer)))
+        tokens, self._closings = probe_template(self.render, added_token_pattern(tokenizer))
+        self.control.add(tokens)
         self._reader = TurnReader(self.render, self.control, self._rust)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -192,13 +193,17 @@ class ChatEncoder:
                 rendered.careful.append(i)
                 continue
             try:
-                rendered.texts.append(self.render(*conversation))
+                rendered.texts.append(self.render(*conversation) + self._closing(conversation.messages[-1]))
             except FormatError:
                 rendered.careful.append(i)  # which says so again
                 continue
             rendered.quick.append(i)
             rendered.shapes.append(shape)
         return rendered
+
+    def _closing(self, last: Message) -> str:
+        """What ends the last answer where the template ends a turn with the next role's marker only."""
+        return self._closings.get("tool_calls" in last, "") if last["role"] == "assistant" else ""
 
     def encode_rendered(self, rendered: Rendered) -> list[Encoded | FormatError]:
         """The second half of `encode_batch`: most of it in the tokenizer's Rust side, which leaves Python to others."""

@@ -118,9 +118,9 @@ CALLED = {
     ),
 }
 
-PLAIN_REFUSED_TODAY = {"glm4moe", "gptoss"}
+PLAIN_REFUSED_TODAY = {"gptoss"}
 CALLED_REFUSED_TODAY = {
-    *("deepseekv3 diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5 glm4moe gptoss muse_glimmer".split()),
+    *("deepseekv3 diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5 gptoss muse_glimmer".split()),
 }
 
 
@@ -166,12 +166,12 @@ def check(name, messages, tools, expected):
     assert found == list(expected)
 
 
-@pytest.mark.parametrize("name", marked(PLAIN_REFUSED_TODAY, keep=("glm4moe_training",)))
+@pytest.mark.parametrize("name", marked(PLAIN_REFUSED_TODAY))
 def test_answers_of_a_dialogue_are_told_under_every_template(name):
     check(name, [HI, HELLO, WHY, SO], None, entry(PLAIN, name))
 
 
-@pytest.mark.parametrize("name", marked(CALLED_REFUSED_TODAY, keep=("deepseekv3_training", "glm4moe_training")))
+@pytest.mark.parametrize("name", marked(CALLED_REFUSED_TODAY, keep=("deepseekv3_training",)))
 def test_tool_calls_are_told_under_every_template_that_writes_them(name):
     if expected := entry(CALLED, name):
         check(name, [HI, CALL, RESULT, SO], TOOLS, expected)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from sft.data.chat import CONTROL_AS_TEXT, HEADER_MERGED, PROMPT_PARTED, ChatEncoder
 from sft.data.conversation import Conversation
 from sft.errors import FormatError, ModelError
-from tests.families import FAMILIES, build, template, trained
+from tests.families import FAMILIES, build, template, tokenizer_for, trained
 
 Q = {"role": "user", "content": "Hi."}
 A = {"role": "assistant", "content": "Hello."}
@@ -197,6 +197,45 @@ def test_qwen3_5_earlier_turns_part_from_a_prompt_that_ends_with_a_think_block()
     assert "<think>" not in chat.control.tokens  # though the template writes it around an answer
 
 
+def test_turn_that_nothing_ends_but_the_next_roles_marker_is_trained_to_write_it():
+    """GLM-4.5: the marker that follows carries loss, and stands behind the last answer, where the template has none."""
+    chat = ChatEncoder(tokenizer_for("glm4moe"))
+    calls = answer("", tool_calls=[call(arguments={"x": 1})])
+    call_text = "\n<think></think>\n<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
+    hello = "\n<think></think>\nHello."
+    assert supervised(chat, [Q, A, Q, calls, tool("2"), A]) == [
+        f"{hello}<|user|>",
+        f"{call_text}<|observation|>",
+        f"{hello}<|user|>",
+    ]
+    assert supervised(chat, [Q, calls]) == [f"{call_text}<|observation|>"]
+    assert supervised(chat, [Q, A, answer("Bye.")]) == [f"{hello}<|assistant|>", "\n<think></think>\nBye.<|user|>"]
+    own = chat.tokenizer.apply_chat_template([Q, A], return_dict=False)
+    assert list(chat.encode([Q, A]).input_ids) == [*own, chat.tokenizer.convert_tokens_to_ids("<|user|>")]
+    assert chat.encode_prompt([Q, A, Q])[:-1] == chat.tokenizer.apply_chat_template([Q, A, Q], return_dict=False)
+    names = chat.tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))
+    assert sorted(names) == ["<|assistant|>", "<|observation|>", "<|user|>"]
+
+
+def test_line_break_before_the_next_roles_marker_is_trained_with_it():
+    chat = ChatEncoder(with_template(source("<|bot|>{{ m.content }}\n", rest="<|user|>{{ m.content }}\n")))
+    assert supervised(chat, [Q, A, Q, answer("Bye.")]) == ["Hello.\n<|user|>", "Bye.\n<|user|>"]
+
+
+def test_stop_token_that_a_template_leaves_out_after_the_last_answer_is_put_there():
+    text = source("<|bot|>{{ m.content }}{% if not loop.last %}</s>{% endif %}")
+    assert supervised(ChatEncoder(with_template(text)), [Q, A, Q, answer("Bye.")]) == ["Hello.</s>", "Bye.</s>"]
+
+
+def test_rows_under_a_template_without_stop_tokens_are_read_off_as_others_are():
+    chat = ChatEncoder(tokenizer_for("glm4moe"))
+    careful, encode = [], chat.encode
+    chat.encode = lambda *row: careful.append(row) or encode(*row)
+    results = chat.encode_batch([Conversation([Q, A, user(str(i)), answer("Bye.")]) for i in range(9)])
+    assert len(careful) == 2  # for the header and its stop ids, and to prove the shape
+    assert [chat.tokenizer.decode(r.input_ids[r.turns[1][1] - 1 :]) for r in results] == ["<|user|>"] * 9
+
+
 def test_template_that_trims_is_followed():
     assert supervised(encoder("llama3"), [user(" Hi. "), answer("\n\n Hello. \n")]) == ["Hello.<|eot_id|>"]
 
@@ -245,7 +284,7 @@ def source(answer_text, rest="<|user|>{{ m.content }}</s>", prompt="<|bot|>"):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (source("<|bot|>{{ m.content }}"), "no stop token after the answer"),
+        (source("<|bot|>{{ m.content }}", rest="{{ m.content }}</s>"), "no stop token after the answer"),
         (source("<|bot|>{{ m.content }}{{ m.content }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content | length }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content }}{% if m.content != 'Hello.' %}</s>{% endif %}"), "without '</s>'"),

@@ -197,16 +197,22 @@ def _marked_texts(question: _Question) -> tuple[Message, str, str]:
 
 
 def _marked(message: Message, mark: str) -> Iterator[Message]:
-    """The message with a mark where a template may write it: its content, or its first tool call's name."""
-    named = []
+    """The message with a mark where a template may write it: its content, or its first tool call.
+
+    A template may repeat the name of what is called (gpt-oss does before the result), or sort the arguments: a private
+    character comes last.
+    """
+    called = []
     if calls := message.get("tool_calls"):
-        first = calls[0]
-        function = first.get("function")
-        call = {**first, "function": {**function, "name": mark}} if function else {**first, "name": mark}
-        named = [{**message, "tool_calls": [call, *calls[1:]]}]
+        function = calls[0].get("function") or calls[0]
+        arguments = function.get("arguments") or {}
+        more = arguments + mark if isinstance(arguments, str) else {**arguments, mark: 1}
+        for changed in ({**function, "name": mark}, {**function, "arguments": more}):
+            first = {**calls[0], "function": changed} if "function" in calls[0] else changed
+            called.append({**message, "tool_calls": [first, *calls[1:]]})
     content = {**message, "content": mark}
     # What is empty may not be written; what is not written changes nothing.
-    yield from [content, *named] if message.get("content") else [*named, content]
+    yield from [content, *called] if message.get("content") else [*called, content]
 
 
 def _find_start(question: _Question, text: str, marked_last: str, marked_whole: str) -> tuple[int, str]:
@@ -270,7 +276,7 @@ def _find_stop(
     after_followed = after_whole if after_whole != after_last else _after_when_followed(question, marked)
     alike = len(os.path.commonprefix([after_last, after_followed]))
     stops = [found for found in control.finditer(after_last) if found.end() <= alike]
-    stop = stops[-1] if stops else _next_marker(question, after_last, after_followed)
+    stop = stops[-1] if stops else _other_stop(question, after_last, after_followed)
     if after_whole == after_last and stop.end() > len(after_last):  # the last turn, and nothing ends it
         closing = after_followed[len(after_last) : stop.end()]
         if not text.endswith(after_last) or len(text) <= start:
@@ -285,20 +291,26 @@ def _find_stop(
     return end, ""
 
 
-def _next_marker(question: _Question, after_last: str, after_followed: str) -> re.Match[str]:
-    """The next role's marker in `after_followed`, where it is all that ends the turn.
+def _other_stop(question: _Question, after_last: str, after_followed: str) -> re.Match[str]:
+    """The stop token where the template ends its last turn in another way than those before.
+
+    That of the last turn is then the only control token behind it (gpt-oss: `<|return|>`, else `<|end|>`). Where there
+    is none, the next role's marker ends a turn, if nothing else stands before it (GLM-4.5).
 
     after_last, after_followed: what stands behind the answer when it is the last, and when another message follows.
     """
-    first_last, first_followed = map(question.control.search, (after_last, after_followed))
-    if first_last is None and first_followed and after_followed.startswith(after_last):
-        if not after_followed[len(after_last) : first_followed.start()].strip():
-            return first_followed
-    if first_last and first_followed:
+    in_last, in_followed = (list(question.control.finditer(text)) for text in (after_last, after_followed))
+    if len(in_last) == 1 and question.k + 1 == len(question.messages):
+        return in_last[0]
+    if in_last and in_followed:
         raise FormatError(
-            f"the chat template writes {first_last[0]!r} after {question.name} when it is the last, else "
-            f"{first_followed[0]!r}, so its stop token cannot be told; give another with chat.template"
+            f"the chat template writes {in_last[0][0]!r} after {question.name} when it is the last, else "
+            f"{in_followed[0][0]!r}, so its stop token cannot be told; set chat.examples: each_answer, or give another "
+            "template with chat.template"
         )
+    if not in_last and in_followed and after_followed.startswith(after_last):
+        if not after_followed[len(after_last) : in_followed[0].start()].strip():
+            return in_followed[0]
     raise FormatError(
         f"the chat template writes no stop token after the answer ({question.name}), so a model trained "
         "on it would never stop; give one that does with chat.template"
@@ -331,43 +343,3 @@ def common_length(a: str, b: str, control: re.Pattern[str]) -> int:
             if match.end() > end:
                 end = match.start()
     return end
-
-
-class Probed(NamedTuple):
-    """What a plain dialogue and a tool call tell of a template.
-
-    tokens: the added tokens that it writes outside the answers or ends them with: its control tokens.
-    closings: `LocatedTurns.closing` of a conversation, by whether its last message calls tools.
-    """
-
-    tokens: set[str]
-    closings: dict[bool, str]
-
-
-def probe_template(render: Render, added_tokens: re.Pattern[str]) -> Probed:
-    """added_tokens: finds what may prove to be a control token."""
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    call: Message = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
-    }
-    probes: list[list[Message]] = [
-        [user, assistant, user, assistant],
-        [{"role": "system", "content": "c"}, user, assistant, user, assistant],
-        [user, call, {"role": "tool", "name": "f", "content": "d"}, assistant],
-        [user, call],
-    ]
-    probed = Probed(set(), {})
-    for messages in probes:
-        try:
-            text, spans, _, closing = locate_turns(render, messages, None, added_tokens)
-        except FormatError:
-            continue  # a template without tools, or without system prompts
-        probed.closings["tool_calls" in messages[-1]] = closing
-        edges = [0, *(edge for span in spans for edge in span), len(text)]
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            probed.tokens.update(added_tokens.findall(text, start, stop))
-        for start, stop in spans:
-            probed.tokens.update(added_tokens.findall(text, start, stop)[-1:])
-    return probed

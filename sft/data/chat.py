@@ -21,9 +21,10 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.answer_spans import ChatTemplate, locate_turns, probe_template
+from sft.data.answer_spans import ChatTemplate, locate_turns
 from sft.data.control_tokens import ControlTokens, added_token_pattern
 from sft.data.conversation import Conversation, Message, Tools, assistant_turns
+from sft.data.template_probe import probe_template
 from sft.data.turn_reader import Shape, Turn, TurnReader
 from sft.errors import ControlTokenError, FormatError, ModelError
 
@@ -75,6 +76,7 @@ class ChatEncoder:
         self.as_text = spelled_control_tokens == "text"
         self.native = hasattr(tokenizer, "encode_conversation")
         self.stop_ids: set[int] = set()
+        self.content_opener: list[int] = []
         if self.native:
             self.stop_ids.update(tokenizer.stop_token_ids)
             return
@@ -88,8 +90,9 @@ class ChatEncoder:
         self._continuations: dict[int, Tokenizer] = {}
         self._added_ids = set(tokenizer.added_tokens_decoder)
         self.control = ControlTokens(tokenizer, self._rust)
-        tokens, self._closings = probe_template(self.render, added_token_pattern(tokenizer))
+        tokens, self._closings, opener = probe_template(self.render, added_token_pattern(tokenizer))
         self.control.add(tokens)
+        self.content_opener = list(self._rust.encode(opener, add_special_tokens=False).ids)
         self._reader = TurnReader(self.render, self.control, self._rust)
 
     def __reduce__(self) -> tuple[Any, ...]:

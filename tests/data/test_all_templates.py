@@ -118,10 +118,7 @@ CALLED = {
     ),
 }
 
-PLAIN_REFUSED_TODAY = {"gptoss"}
-CALLED_REFUSED_TODAY = {
-    *("deepseekv3 diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5 gptoss muse_glimmer".split()),
-}
+CALLED_REFUSED_TODAY = {"deepseekv3"}
 
 
 def entry(table, name):
@@ -166,7 +163,7 @@ def check(name, messages, tools, expected):
     assert found == list(expected)
 
 
-@pytest.mark.parametrize("name", marked(PLAIN_REFUSED_TODAY))
+@pytest.mark.parametrize("name", NAMES)
 def test_answers_of_a_dialogue_are_told_under_every_template(name):
     check(name, [HI, HELLO, WHY, SO], None, entry(PLAIN, name))
 

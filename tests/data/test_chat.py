@@ -217,6 +217,45 @@ def test_turn_that_nothing_ends_but_the_next_roles_marker_is_trained_to_write_it
     assert sorted(names) == ["<|assistant|>", "<|observation|>", "<|user|>"]
 
 
+def test_gpt_oss_answer_is_told_where_it_is_the_last_with_its_channels():
+    chat = ChatEncoder(tokenizer_for("gptoss"))
+    final = "<|channel|>final<|message|>Hello.<|return|>"
+    assert supervised(chat, [Q, A]) == [final]
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    assert supervised(chat, [Q, answer("Hello.", reasoning_content="Hm.")]) == [thought + final]
+    calls = answer("", tool_calls=[call(arguments={"x": 1})], reasoning_content="Hm.")
+    call_text = ' to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>'
+    assert supervised(chat, [Q, calls]) == [thought + call_text]
+    without_arguments = call_text.replace('"x": 1', "")
+    assert supervised(chat, [Q, answer("", tool_calls=[call()]), tool("2"), A]) == [without_arguments, final]
+    assert sorted(chat.tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))) == ["<|call|>", "<|return|>"]
+
+
+def test_gpt_oss_earlier_answer_is_refused_beside_the_last_since_nothing_stops_at_its_end():
+    chat = ChatEncoder(tokenizer_for("gptoss"))
+    with pytest.raises(FormatError, match=r"'<\|return\|>' after message 2 when .* set chat.examples: each_answer"):
+        chat.encode([Q, A, Q, A])
+    ids, ((start, stop),), _ = chat.encode([Q, A, Q, answer("Bye.")], answers=[3])
+    assert chat.tokenizer.decode(ids[start:stop]) == "<|channel|>final<|message|>Bye.<|return|>"
+    assert list(ids) == chat.tokenizer.apply_chat_template([Q, A, Q, answer("Bye.")], return_dict=False)
+
+
+def test_tool_call_whose_name_the_template_repeats_is_told():
+    """Gemma 4 stops at the marker before the result, in the middle of a turn, and goes on without a header."""
+    calls = answer("", tool_calls=[call(arguments={"x": "a", "y": [1]}), call("g")])
+    first, second = supervised(ChatEncoder(tokenizer_for("gemma4")), [Q, calls, tool("2"), tool("3"), A])
+    assert first == (
+        '<|tool_call>call:f{x:<|"|>a<|"|>,y:[1]}<tool_call|><|tool_call>call:g{}<tool_call|><|tool_response>'
+    )
+    assert second == "Hello.<turn|>"
+
+
+def test_content_of_a_call_that_a_template_writes_behind_the_result_is_refused():
+    chat = ChatEncoder(tokenizer_for("gemma4"))
+    with pytest.raises(FormatError, match="'<|tool_response>' after message 2 when it is the last, else '<turn|>'"):
+        chat.encode([Q, answer("Let me see.", tool_calls=[call()]), tool("2"), A])
+
+
 def test_line_break_before_the_next_roles_marker_is_trained_with_it():
     chat = ChatEncoder(with_template(source("<|bot|>{{ m.content }}\n", rest="<|user|>{{ m.content }}\n")))
     assert supervised(chat, [Q, A, Q, answer("Bye.")]) == ["Hello.\n<|user|>", "Bye.\n<|user|>"]

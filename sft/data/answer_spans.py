@@ -31,7 +31,7 @@ from transformers.utils import chat_template_utils
 
 from sft.data.control_tokens import unused_character
 from sft.data.conversation import Message, Tools, assistant_turns
-from sft.data.message_forms import in_parts, wants_parts
+from sft.data.message_forms import arguments_form, fit_arguments, in_parts, wants_parts
 from sft.errors import FormatError, ModelError
 
 
@@ -62,8 +62,13 @@ class ChatTemplate:
             raise ModelError(f"the tokenizer's chat templates: {error}") from None
         self._compiled, self._compiled_with_tools = map(_compile, sources)
         self._variables = {"documents": None, **tokenizer.special_tokens_map}
-        self._in_parts = False
+        self._in_parts, self._arguments = False, None  # as things come, for the probes
         self._in_parts = wants_parts(self.render)
+        self._arguments = arguments_form(self.render)
+
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """The messages with what they call in the form that the template wants. Raises: FormatError: they cannot be."""
+        return fit_arguments(messages, self._arguments)
 
     def render(self, messages: list[Message], tools: Tools | None = None, prompt: bool = False) -> str:
         """The template's own text, as `apply_chat_template` gives it.
@@ -72,7 +77,8 @@ class ChatTemplate:
         """
         # As apply_chat_template does: keys that are None are dropped; reasoning goes by each of its names.
         plain = [
-            {key: value for key, value in m.items() if value is not None} if None in m.values() else m for m in messages
+            {key: value for key, value in m.items() if value is not None} if None in m.values() else m
+            for m in self.fit(messages)
         ]
         if self._in_parts:
             plain = list(map(in_parts, plain))

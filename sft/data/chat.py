@@ -85,7 +85,7 @@ class ChatEncoder:
             raise ModelError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer: without offsets its answers cannot be told"
             )
-        self.render = template.render
+        self.render, self._fit = template.render, template.fit
         self._rust = _without_post_processor(tokenizer.backend_tokenizer)
         self._continuations: dict[int, Tokenizer] = {}
         self._added_ids = set(tokenizer.added_tokens_decoder)
@@ -115,7 +115,7 @@ class ChatEncoder:
             order = assistant_turns(messages)
             return Encoded(input_ids, turns if answers is None else [turns[order.index(k)] for k in answers])
         notes = []
-        rust = self._rust
+        messages, rust = self._fit(messages), self._rust
         if spelled := self.control.find(messages, tools):
             if not self.as_text:
                 raise ControlTokenError(f"spells the control token {spelled[0]!r}")
@@ -136,7 +136,7 @@ class ChatEncoder:
         """The ids that the model is given when it must write the next assistant turn after `messages`."""
         if self.native:
             return list(self._native_tokenizer.encode_prompt(messages, tools))
-        rust = self._rust
+        messages, rust = self._fit(messages), self._rust
         if self.control.find(messages, tools):
             messages, tools, rust = self.control.split_spelled(messages, tools)
         return list(rust.encode(self.render(messages, tools, prompt=True), add_special_tokens=False).ids)
@@ -191,11 +191,12 @@ class ChatEncoder:
             return Rendered(conversations, list(range(len(conversations))), [], [], [])
         rendered = Rendered(conversations, [], [], [], [])
         for i, conversation in enumerate(conversations):
-            shape = self._reader.shape(conversation)
-            if shape is None:
-                rendered.careful.append(i)
-                continue
             try:
+                conversation = conversation._replace(messages=self._fit(conversation.messages))
+                shape = self._reader.shape(conversation)
+                if shape is None:
+                    rendered.careful.append(i)
+                    continue
                 rendered.texts.append(self.render(*conversation) + self._closing(conversation.messages[-1]))
             except FormatError:
                 rendered.careful.append(i)  # which says so again

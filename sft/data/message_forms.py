@@ -1,8 +1,11 @@
 """The forms that a chat template wants messages in, found by rendering a probe in each form.
 
-Content is text in our messages; some templates take it only as parts, `[{"type": "text", "text": ...}]`.
+Content is text in our messages; some templates take it only as parts, `[{"type": "text", "text": ...}]`. The arguments
+of a tool call are JSON text at OpenAI, which some templates write as it stands (DeepSeek-V3), some encode once more
+(Qwen2.5) and some refuse (Qwen3.5): those two want an object.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -30,3 +33,60 @@ def in_parts(message: Message) -> Message:
     """The message with its content as one part."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def arguments_form(render: Callable[[list[Message]], str]) -> type | None:
+    """What a template wants the arguments of a tool call to be: dict, str (JSON text), or None: either, as it comes."""
+
+    def written(arguments: Any) -> str | None:
+        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "b"},
+        ]
+        try:
+            text = render(messages)
+        except FormatError:
+            return None
+        return text if "value" in text else None
+
+    from_object, from_text = written({"key": "value"}), written('{"key": "value"}')
+    if from_object == from_text:
+        return None
+    if from_object is None or from_text is not None and "{'key': 'value'}" in from_object:  # Python's spelling
+        return str
+    return dict
+
+
+def fit_arguments(messages: list[Message], form: type | None) -> list[Message]:
+    """The messages with the arguments of their tool calls in this form.
+
+    Raises: FormatError: arguments that must become an object are not the JSON text of one.
+    """
+    if form is None or not any(message.get("tool_calls") for message in messages):
+        return messages
+    return [
+        {**message, "tool_calls": [_fit_call(call, form, number) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), list)
+        else message
+        for number, message in enumerate(messages, start=1)
+    ]
+
+
+def _fit_call(call: Any, form: type, number: int) -> Any:
+    function = call.get("function") or call if isinstance(call, dict) else {}
+    arguments = function.get("arguments")
+    if form is str and isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif form is dict and isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise FormatError(f"the arguments of a tool call of message {number} are not JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise FormatError(f"the arguments of a tool call of message {number} are not a JSON object")
+    else:
+        return call
+    changed = {**function, "arguments": arguments}
+    return {**call, "function": changed} if function is not call else changed

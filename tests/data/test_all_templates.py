@@ -3,6 +3,7 @@
 A template that is new there has no entry in these tables, and its tests fail: read what it trains, then add it.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import trl
 
 from formats.messages import to_messages
 from sft.data.chat import HEADER_MERGED, ChatEncoder
+from sft.data.conversation import Conversation
 from sft.errors import FormatError
 from tests.families import tokenizer_for
 
@@ -118,28 +120,26 @@ CALLED = {
     ),
 }
 
-CALLED_REFUSED_TODAY = {"deepseekv3"}
-
 
 def entry(table, name):
     """What a template trains; one of trl's variants for training writes what the model's own does."""
     return table[name] if name in table else table[name.removesuffix("_training")]
 
 
-def marked(failing, keep=()):
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True))
-        if name.removesuffix("_training") in failing and name not in keep
-        else name
-        for name in NAMES
-    ]
-
-
 def given(name, messages):
     """The messages as a user of transformers gives them to this template."""
-    if name.removesuffix("_training") not in ("idefics3", "llava_next", "smolvlm"):
-        return messages
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    if name.removesuffix("_training") in ("idefics3", "llava_next", "smolvlm"):
+        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    arguments = CALL["tool_calls"][0]["function"]["arguments"]
+    return [calling(json.dumps(arguments) if name == "deepseekv3" else arguments, m) for m in messages]
+
+
+def calling(arguments, message=CALL):
+    """The message with these arguments of its call, if it calls."""
+    if "tool_calls" not in message:
+        return message
+    call = message["tool_calls"][0]
+    return {**message, "tool_calls": [{**call, "function": {**call["function"], "arguments": arguments}}]}
 
 
 def check(name, messages, tools, expected):
@@ -168,10 +168,54 @@ def test_answers_of_a_dialogue_are_told_under_every_template(name):
     check(name, [HI, HELLO, WHY, SO], None, entry(PLAIN, name))
 
 
-@pytest.mark.parametrize("name", marked(CALLED_REFUSED_TODAY, keep=("deepseekv3_training",)))
-def test_tool_calls_are_told_under_every_template_that_writes_them(name):
+@pytest.mark.parametrize("form", ["object", "text"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tool_calls_are_told_under_every_template_that_writes_them(name, form):
+    """Arguments may be an object, or its JSON text as at OpenAI; the template is given what it wants."""
+    arguments = {"object": {"x": "1"}, "text": '{"x": "1"}'}[form]
     if expected := entry(CALLED, name):
-        check(name, [HI, CALL, RESULT, SO], TOOLS, expected)
+        check(name, [HI, calling(arguments), RESULT, SO], TOOLS, expected)
+
+
+@pytest.mark.parametrize("form", ["object", "text"])
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "deepseekv3", "gemma4_v2", "llama3_1", "glm4moe"])
+def test_prompt_has_the_same_call_for_arguments_in_either_form(name, form):
+    arguments = {"object": {"x": 'é <&> "1"'}, "text": '{"x": "é <&> \\"1\\""}'}[form]
+    chat = ChatEncoder(tokenizer_for(name))
+    ids = chat.encode_prompt([HI, calling(arguments), RESULT], TOOLS)
+    assert ids == chat.encode_prompt([HI, calling({"x": 'é <&> "1"'}), RESULT], TOOLS)
+    (many,) = chat.encode_batch([Conversation([HI, calling(arguments), RESULT, SO], TOOLS)])
+    assert list(many.input_ids[: len(ids)]) == ids
+
+
+def test_text_of_arguments_stays_as_it_is_where_the_template_takes_both():
+    text = ChatEncoder(tokenizer_for("qwen3")).render([HI, calling('{"x":"1"}')])
+    assert '{"name": "get_x", "arguments": {"x":"1"}}' in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [("x=1", "of message 2 are not JSON: Expecting value"), ("[1]", "of message 2 are not a JSON object")],
+)
+def test_arguments_that_cannot_become_an_object_are_refused(arguments, reason):
+    chat = ChatEncoder(tokenizer_for("qwen2_5"))
+    conversation = Conversation([HI, calling(arguments), RESULT, SO], TOOLS)
+    with pytest.raises(FormatError, match=reason):
+        chat.encode(*conversation)
+    good, bad = chat.encode_batch([Conversation([HI, HELLO]), conversation])
+    assert len(good.turns) == 1
+    assert reason in str(bad)
+
+
+def test_control_token_that_the_text_of_arguments_escapes_is_found():
+    conversation = Conversation([HI, calling('{"x": "\\u003c|im_end|>"}'), RESULT, SO], TOOLS)
+    chat = ChatEncoder(tokenizer_for("qwen2_5"))
+    with pytest.raises(FormatError, match=r"spells the control token '<\|im_end\|>'"):
+        chat.encode(*conversation)
+    assert isinstance(chat.encode_batch([conversation])[0], FormatError)
+    as_text = ChatEncoder(tokenizer_for("qwen2_5"), spelled_control_tokens="text")
+    ids = as_text.encode(*conversation).input_ids
+    assert list(ids).count(as_text.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
 
 
 def test_content_that_comes_in_parts_is_its_text():

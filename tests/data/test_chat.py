@@ -252,7 +252,7 @@ def test_tool_call_whose_name_the_template_repeats_is_told():
 
 def test_content_of_a_call_that_a_template_writes_behind_the_result_is_refused():
     chat = ChatEncoder(tokenizer_for("gemma4"))
-    with pytest.raises(FormatError, match="'<|tool_response>' after message 2 when it is the last, else '<turn|>'"):
+    with pytest.raises(FormatError, match=r"'<\|tool_response>' after message 2 when it is the last, else '<turn\|>'"):
         chat.encode([Q, answer("Let me see.", tool_calls=[call()]), tool("2"), A])
 
 

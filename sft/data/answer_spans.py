@@ -340,7 +340,11 @@ def _after_when_followed(question: _Question, marked: Message) -> str:
 
 
 def common_length(a: str, b: str, control: re.Pattern[str]) -> int:
-    """The length of what two texts begin with alike, never ending inside a control token of either."""
+    """The length of what two texts begin with alike.
+
+    Where they part, that ends neither inside a control token nor inside a word or a tag of either: a prompt that ends
+    with "<think>" and a turn that begins with "</think>" have no "<" in common.
+    """
     end = len(os.path.commonprefix([a, b]))
     for text in (a, b):
         for match in control.finditer(text, max(0, end - 128)):
@@ -348,4 +352,10 @@ def common_length(a: str, b: str, control: re.Pattern[str]) -> int:
                 break
             if match.end() > end:
                 end = match.start()
+    if end < min(len(a), len(b)) and (cut := _BEGUN.search(a, 0, end)):
+        if cut[0][0] in "<[" or a[end].isalnum() or b[end].isalnum():
+            return max([cut.start(), *(m.end() for m in control.finditer(a, max(0, end - 128), end))])
     return end
+
+
+_BEGUN = re.compile(r"[<\[]/?\w*\Z|\w+\Z")  # a tag or a word at the end of a text

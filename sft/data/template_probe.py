@@ -29,12 +29,12 @@ def probe_template(render: Render, added_tokens: re.Pattern[str]) -> Probed:
     call: Message = {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
     }
     probes: list[list[Message]] = [
         [user, assistant, user, assistant],
         [{"role": "system", "content": "c"}, user, assistant, user, assistant],
-        [user, call, {"role": "tool", "name": "f", "content": "d"}, assistant],
+        [user, call, {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "d"}, assistant],
         [user, call],
         [user, assistant],
     ]

@@ -275,6 +275,23 @@ def test_rows_under_a_template_without_stop_tokens_are_read_off_as_others_are():
     assert [chat.tokenizer.decode(r.input_ids[r.turns[1][1] - 1 :]) for r in results] == ["<|user|>"] * 9
 
 
+@pytest.mark.parametrize("added", [(), ("<think>", "</think>", "<tool_call>")])
+def test_turn_that_parts_from_its_prompt_within_a_tag_or_a_word_begins_before_it(added):
+    """GLM-4.7 and DeepSeek-V3.2 close a thought that their prompt opens; QwQ calls; Apriel's ends in words."""
+    begins = "{{ m.reasoning_content or '' }}{{ '</think>' if not m.tool_calls else '<tool_call>' }}{{ m.content }}"
+    chat = ChatEncoder(with_template(source(f"<|bot|>{begins}</s>", prompt="<|bot|><think>"), added=added))
+    assert supervised(chat, [Q, A]) == ["</think>Hello.</s>"]
+    ids, ((start, _),), _ = chat.encode([Q, A])
+    assert ids[:start] == chat.encode_prompt([Q])[:start]
+    named = begins + "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}"
+    chat = ChatEncoder(with_template(source(f"<|bot|>\n{named}</s>", prompt="<|bot|>\n<think>"), added=added))
+    assert [t.lstrip() for t in supervised(chat, [Q, answer("", tool_calls=[call()])])] == ["<tool_call>f</s>"]
+    chat = ChatEncoder(with_template(source(f"<|bot|> {begins}</s>", prompt="<|bot|> Here I think:\n"), added=added))
+    assert [t.lstrip() for t in supervised(chat, [Q, answer("Hello.", reasoning_content="Hm.")])] == [
+        "Hm.</think>Hello.</s>"
+    ]
+
+
 def test_template_that_trims_is_followed():
     assert supervised(encoder("llama3"), [user(" Hi. "), answer("\n\n Hello. \n")]) == ["Hello.<|eot_id|>"]
 

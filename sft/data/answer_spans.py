@@ -182,8 +182,9 @@ def locate_turns(
         stop, closing = _find_stop(question, text, start, marked, marked_last, marked_whole)
         if spans and start < spans[-1][1]:
             raise FormatError(f"the end of the answer ({question.name}) cannot be told in the chat template's text")
-        for call in calls:
-            if (call.get("function") or call).get("name", "") not in text[start:stop]:
+        names = [(call.get("function") or call).get("name", "") for call in calls]
+        for name in names:
+            if name and text.count(name, start, stop) < names.count(name):
                 raise FormatError(f"the chat template does not write the tool calls of {question.name}")
         spans.append((start, stop))
     return LocatedTurns(text + closing, spans, unwritten_prompt, closing)
@@ -223,6 +224,39 @@ def _marked(message: Message, mark: str) -> Iterator[Message]:
 
 def _find_start(question: _Question, text: str, marked_last: str, marked_whole: str) -> tuple[int, str]:
     """Where the answer begins in `text`, and what of its generation prompt is not written there."""
+    try:
+        return _start_of_marked(question, text, marked_last, marked_whole)
+    except FormatError:
+        if (start := _start_behind_history(question, text)) is None:
+            raise
+        return start
+
+
+def _start_behind_history(question: _Question, text: str) -> tuple[int, str] | None:
+    """The same by a mark in the message before: prompt and text begin alike behind it, up to the answer.
+
+    For a history that the template writes otherwise in a prompt than before an answer (gpt-oss drops the reasoning of
+    calls before a final answer).
+    """
+    if not question.k:
+        return None
+    history = [*question.history[:-1], {**question.history[-1], "content": question.mark}]
+    texts = [
+        question.render(history, question.tools),
+        question.render(history, question.tools, prompt=True),
+        question.render([*history, *question.messages[question.k :]], question.tools),
+    ]
+    if any(marked.count(question.mark) != 1 for marked in texts):
+        return None
+    end_of_history, prompt, whole = (marked.partition(question.mark)[2] for marked in texts)
+    length = common_length(prompt, whole, question.control)
+    if not text.endswith(whole) or length < common_length(prompt, end_of_history, question.control):
+        return None
+    return len(text) - len(whole) + length, prompt[length:]
+
+
+def _start_of_marked(question: _Question, text: str, marked_last: str, marked_whole: str) -> tuple[int, str]:
+    """The same by the mark in the answer."""
     before, unwritten = _header(question, marked_last)
     start = len(before)
     if not marked_whole.startswith(before):

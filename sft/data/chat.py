@@ -242,7 +242,7 @@ class ChatEncoder:
         rows = zip(rendered.quick, rendered.shapes, rendered.texts, ids, reader.read(ids, self.stop_ids), strict=True)
         for i, shape, text, row_ids, (turns, sound) in rows:
             # With an unwritten prompt an answer may begin with what its prompt holds beyond the header.
-            sound = sound and not (unwritten and unwritten in text)
+            sound = sound and not (unwritten and reader.whole_header in text)
             sound = sound and len(turns) == shape.count("assistant") > 0
             if sound and reader.is_proven(shape):
                 results[i] = Encoded(row_ids, turns, notes)

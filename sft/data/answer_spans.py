@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from sft.data.control_tokens import unused_character
-from sft.data.conversation import Message, Tools, assistant_turns
+from sft.data.conversation import Message, Tools
 from sft.data.message_forms import arguments_form, fit_arguments, in_parts, wants_parts
 from sft.errors import FormatError, ModelError
 
@@ -161,9 +161,11 @@ def locate_turns(
     messages: list[Message],
     tools: Tools | None,
     control: re.Pattern[str],
-    answers: Sequence[int] | None = None,
+    answers: Sequence[int],
 ) -> LocatedTurns:
-    """Renders a conversation and finds each answer (or those that `answers` names) with its stop token in the text.
+    """Renders a conversation and finds some of its answers, each with its stop token, in the text.
+
+    answers: the indexes of their messages.
 
     Raises: FormatError: an answer's beginning or end cannot be told.
     """
@@ -171,7 +173,7 @@ def locate_turns(
     mark = unused_character((text, messages, tools))
     spans: list[tuple[int, int]] = []
     unwritten_prompt = closing = ""
-    for k in assistant_turns(messages) if answers is None else answers:
+    for k in answers:
         question = _Question(render, messages, tools, k, mark, control)
         calls = messages[k].get("tool_calls") or []
         if not all(isinstance(call, dict) for call in calls):

@@ -101,19 +101,15 @@ class ChatEncoder:
 
     # --------------------------------------------------------------------------------------------- one conversation
 
-    def encode(
-        self, messages: list[Message], tools: Tools | None = None, answers: Sequence[int] | None = None
-    ) -> Encoded:
+    def encode(self, messages: list[Message], tools: Tools | None = None, last_only: bool = False) -> Encoded:
         """One conversation, located with care.
 
-        answers: the indexes of the messages that are to have turns; all of the assistant's where it is None.
-
+        Args: last_only: its last answer alone has a turn.
         Raises: FormatError: it cannot be encoded exactly.
         """
         if self.native:
             input_ids, turns = self._native_tokenizer.encode_conversation(messages, tools)
-            order = assistant_turns(messages)
-            return Encoded(input_ids, turns if answers is None else [turns[order.index(k)] for k in answers])
+            return Encoded(input_ids, turns[-1:] if last_only else turns)
         notes = []
         messages, rust = self._fit(messages), self._rust
         if spelled := self.control.find(messages, tools):
@@ -121,6 +117,7 @@ class ChatEncoder:
                 raise ControlTokenError(f"spells the control token {spelled[0]!r}")
             messages, tools, rust = self.control.split_spelled(messages, tools)
             notes.append(CONTROL_AS_TEXT)
+        answers = assistant_turns(messages)[-1 if last_only else 0 :]
         located = locate_turns(self.render, messages, tools, self.control.pattern, answers)
         if located.unwritten_prompt:
             notes.append(PROMPT_PARTED)

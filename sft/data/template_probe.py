@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sft.data.answer_spans import Render, locate_turns
 from sft.data.control_tokens import PRIVATE_USE
-from sft.data.conversation import Message
+from sft.data.conversation import Message, assistant_turns
 from sft.errors import FormatError
 
 
@@ -42,7 +42,7 @@ def probe_template(render: Render, added_tokens: re.Pattern[str]) -> Probed:
     closings, opener = {}, ""
     for messages in probes:
         try:
-            text, spans, _, closing = locate_turns(render, messages, None, added_tokens)
+            text, spans, _, closing = locate_turns(render, messages, None, added_tokens, assistant_turns(messages))
         except FormatError:
             continue  # a template without tools, or without system prompts
         closings["tool_calls" in messages[-1]] = closing

@@ -51,7 +51,7 @@ def list_turns(conversations: Sequence[tuple[str, Conversation]], encoder: ChatE
         for number in numbers:
             reference = messages[number].get("content") or ""
             if messages[number].get("tool_calls"):
-                encoded = encoder.encode(messages[: number + 1], tools, answers=[number])
+                encoded = encoder.encode(messages[: number + 1], tools, last_only=True)
                 ((start, stop),) = encoded.turns
                 reference = without_thoughts(answer_text(encoder, encoded.input_ids[start : stop - 1]))
             prompt = encoder.encode_prompt(messages[:number], tools)

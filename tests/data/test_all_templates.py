@@ -148,10 +148,10 @@ def check(name, messages, tools, expected):
     decode = chat.tokenizer.decode
     answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     # Each answer in a row of its own, or all in one.
-    rows = [(messages[: k + 1], [k]) for k in answers] if name.startswith("gptoss") else [(messages, answers)]
+    each = name.startswith("gptoss")
     found = []
-    for conversation, wanted in rows:
-        ids, turns, notes = chat.encode(conversation, tools, answers=wanted)
+    for conversation in [messages[: k + 1] for k in answers] if each else [messages]:
+        ids, turns, notes = chat.encode(conversation, tools, last_only=each)
         found += [decode(ids[start:stop]) for start, stop in turns]
         own = chat.tokenizer.apply_chat_template(given(name, conversation), tools=tools, return_dict=False)
         closing = chat.tokenizer.convert_tokens_to_ids(["<|user|>"]) if name == "glm4moe" else []

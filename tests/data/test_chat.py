@@ -235,7 +235,7 @@ def test_gpt_oss_earlier_answer_is_refused_beside_the_last_since_nothing_stops_a
     chat = ChatEncoder(tokenizer_for("gptoss"))
     with pytest.raises(FormatError, match=r"'<\|return\|>' after message 2 when .* set chat.examples: each_answer"):
         chat.encode([Q, A, Q, A])
-    ids, ((start, stop),), _ = chat.encode([Q, A, Q, answer("Bye.")], answers=[3])
+    ids, ((start, stop),), _ = chat.encode([Q, A, Q, answer("Bye.")], last_only=True)
     assert chat.tokenizer.decode(ids[start:stop]) == "<|channel|>final<|message|>Bye.<|return|>"
     assert list(ids) == chat.tokenizer.apply_chat_template([Q, A, Q, answer("Bye.")], return_dict=False)
 

@@ -75,14 +75,12 @@ def test_each_answer_where_it_is_the_last_differs_nowhere_from_the_oracle(name, 
     """Dialogues cut behind each of their answers, of which the last one is asked for."""
     family = dataclasses.replace(FAMILIES[name], turns=3)
     tokenizer = build(family, kind)
-    cuts = [
-        ((messages[: k + 1], tools), k)
-        for messages, tools in conversations(family, 150)
-        for k in assistant_turns(messages)
+    rows = [
+        (messages[: k + 1], tools) for messages, tools in conversations(family, 150) for k in assistant_turns(messages)
     ]
     encoder = ChatEncoder(tokenizer)
-    for ((messages, tools), k), want in zip(cuts, expect(family, kind, tokenizer, [c for c, _ in cuts]), strict=True):
-        encoded = encoder.encode(messages, tools, answers=[k])
+    for (messages, tools), want in zip(rows, expect(family, kind, tokenizer, rows), strict=True):
+        encoded = encoder.encode(messages, tools, last_only=True)
         if not want.merged:  # else earlier headers may have been cut there
             assert list(encoded.input_ids) == want.input_ids, messages
             assert encoded.turns == want.turns[-1:], messages

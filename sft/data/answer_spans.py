@@ -31,7 +31,7 @@ from transformers.utils import chat_template_utils
 
 from sft.data.control_tokens import unused_character
 from sft.data.conversation import Message, Tools
-from sft.data.message_forms import arguments_form, fit_arguments, in_parts, wants_parts
+from sft.data.message_forms import CallForm, call_form, fit_calls, in_parts, wants_parts
 from sft.errors import FormatError, ModelError
 
 
@@ -62,13 +62,13 @@ class ChatTemplate:
             raise ModelError(f"the tokenizer's chat templates: {error}") from None
         self._compiled, self._compiled_with_tools = map(_compile, sources)
         self._variables = {"documents": None, **tokenizer.special_tokens_map}
-        self._in_parts, self._arguments = False, None  # as things come, for the probes
+        self._in_parts, self._calls = False, CallForm()  # as things come, for the probes
         self._in_parts = wants_parts(self.render)
-        self._arguments = arguments_form(self.render)
+        self._calls = call_form(self.render)
 
     def fit(self, messages: list[Message]) -> list[Message]:
         """The messages with what they call in the form that the template wants. Raises: FormatError: they cannot be."""
-        return fit_arguments(messages, self._arguments)
+        return fit_calls(messages, self._calls)
 
     def render(self, messages: list[Message], tools: Tools | None = None, prompt: bool = False) -> str:
         """The template's own text, as `apply_chat_template` gives it.
@@ -350,7 +350,8 @@ def _other_stop(question: _Question, after_last: str, after_followed: str) -> re
             f"{in_followed[0][0]!r}, so its stop token cannot be told; set chat.examples: each_answer, or give another "
             "template with chat.template"
         )
-    if not in_last and in_followed and after_followed.startswith(after_last):
+    ends_bare = not in_last and (question.messages[question.k].get("tool_calls") or not after_last.strip())
+    if ends_bare and in_followed and after_followed.startswith(after_last):
         if not after_followed[len(after_last) : in_followed[0].start()].strip():
             return in_followed[0]
     raise FormatError(

@@ -2,12 +2,12 @@
 
 Content is text in our messages; some templates take it only as parts, `[{"type": "text", "text": ...}]`. The arguments
 of a tool call are JSON text at OpenAI, which some templates write as it stands (DeepSeek-V3), some encode once more
-(Qwen2.5) and some refuse (Qwen3.5): those two want an object.
+(Qwen2.5) and some refuse (Qwen3.5): those two want an object. Its content is null there, which some refuse.
 """
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft.data.control_tokens import PRIVATE_USE
 from sft.data.conversation import Message
@@ -35,14 +35,24 @@ def in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
-def arguments_form(render: Callable[[list[Message]], str]) -> type | None:
-    """What a template wants the arguments of a tool call to be: dict, str (JSON text), or None: either, as it comes."""
+class CallForm(NamedTuple):
+    """What a template wants of a message that calls tools.
 
-    def written(arguments: Any) -> str | None:
+    arguments: dict, str (JSON text), or None: either, as it comes. content: it must have some, if only "".
+    """
+
+    arguments: type | None = None
+    content: bool = False
+
+
+def call_form(render: Callable[[list[Message]], str]) -> CallForm:
+    """Found by rendering the same call in each form."""
+
+    def written(arguments: Any, **content: str) -> str | None:
         call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
         messages: list[Message] = [
             {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "assistant", "tool_calls": [call], **content},
             {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "b"},
         ]
         try:
@@ -51,30 +61,34 @@ def arguments_form(render: Callable[[list[Message]], str]) -> type | None:
             return None
         return text if "value" in text else None
 
-    from_object, from_text = written({"key": "value"}), written('{"key": "value"}')
-    if from_object == from_text:
-        return None
-    if from_object is None or from_text is not None and "{'key': 'value'}" in from_object:  # Python's spelling
-        return str
-    return dict
+    as_object, as_text = {"key": "value"}, '{"key": "value"}'
+    from_object, from_text = written(as_object, content=""), written(as_text, content="")
+    form: type | None = None
+    if from_object != from_text:
+        in_python = from_object is None or from_text is not None and "{'key': 'value'}" in from_object
+        form = str if in_python else dict
+    known = as_text if form is str else as_object
+    return CallForm(form, written(known) is None and written(known, content="") is not None)
 
 
-def fit_arguments(messages: list[Message], form: type | None) -> list[Message]:
-    """The messages with the arguments of their tool calls in this form.
+def fit_calls(messages: list[Message], form: CallForm) -> list[Message]:
+    """The messages with their tool calls in this form.
 
     Raises: FormatError: arguments that must become an object are not the JSON text of one.
     """
-    if form is None or not any(message.get("tool_calls") for message in messages):
+    if form == CallForm() or not any(message.get("tool_calls") for message in messages):
         return messages
-    return [
-        {**message, "tool_calls": [_fit_call(call, form, number) for call in calls]}
-        if isinstance(calls := message.get("tool_calls"), list)
-        else message
-        for number, message in enumerate(messages, start=1)
-    ]
+    fitted = []
+    for number, message in enumerate(messages, start=1):
+        if isinstance(calls := message.get("tool_calls"), list):
+            message = {**message, "tool_calls": [_fit_call(call, form.arguments, number) for call in calls]}
+            if form.content:
+                message["content"] = message.get("content") or ""
+        fitted.append(message)
+    return fitted
 
 
-def _fit_call(call: Any, form: type, number: int) -> Any:
+def _fit_call(call: Any, form: type | None, number: int) -> Any:
     function = call.get("function") or call if isinstance(call, dict) else {}
     arguments = function.get("arguments")
     if form is str and isinstance(arguments, dict):

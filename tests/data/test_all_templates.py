@@ -131,7 +131,8 @@ def given(name, messages):
     if name.removesuffix("_training") in ("idefics3", "llava_next", "smolvlm"):
         return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     arguments = CALL["tool_calls"][0]["function"]["arguments"]
-    return [calling(json.dumps(arguments) if name == "deepseekv3" else arguments, m) for m in messages]
+    fitted = [calling(json.dumps(arguments) if name == "deepseekv3" else arguments, m) for m in messages]
+    return [{**m, "content": ""} if name.startswith("deepseekv3") and m["content"] is None else m for m in fitted]
 
 
 def calling(arguments, message=CALL):
@@ -168,13 +169,15 @@ def test_answers_of_a_dialogue_are_told_under_every_template(name):
     check(name, [HI, HELLO, WHY, SO], None, entry(PLAIN, name))
 
 
-@pytest.mark.parametrize("form", ["object", "text"])
+@pytest.mark.parametrize("form", ["object", "text", "text beside null"])
 @pytest.mark.parametrize("name", NAMES)
 def test_tool_calls_are_told_under_every_template_that_writes_them(name, form):
     """Arguments may be an object, or its JSON text as at OpenAI; the template is given what it wants."""
-    arguments = {"object": {"x": "1"}, "text": '{"x": "1"}'}[form]
+    message = calling({"x": "1"} if form == "object" else '{"x": "1"}')
+    if form == "text beside null":
+        message["content"] = None
     if expected := entry(CALLED, name):
-        check(name, [HI, calling(arguments), RESULT, SO], TOOLS, expected)
+        check(name, [HI, message, RESULT, SO], TOOLS, expected)
 
 
 @pytest.mark.parametrize("form", ["object", "text"])

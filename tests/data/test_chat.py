@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft.data.chat import CONTROL_AS_TEXT, HEADER_MERGED, PROMPT_PARTED, ChatEncoder
 from sft.data.conversation import Conversation
+from sft.data.message_forms import in_parts
 from sft.errors import FormatError, ModelError
 from tests.families import FAMILIES, build, template, tokenizer_for, trained
 
@@ -341,6 +342,7 @@ def source(answer_text, rest="<|user|>{{ m.content }}</s>", prompt="<|bot|>"):
     ("text", "reason"),
     [
         (source("<|bot|>{{ m.content }}", rest="{{ m.content }}</s>"), "no stop token after the answer"),
+        (source("<|bot|>{{ m.content }}<|no_token|>"), "no stop token after the answer"),
         (source("<|bot|>{{ m.content }}{{ m.content }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content | length }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content }}{% if m.content != 'Hello.' %}</s>{% endif %}"), "without '</s>'"),
@@ -428,7 +430,8 @@ def test_encode_prompt_gives_the_ids_of_the_templates_generation_prompt(name):
     for kind in ("bytes", "legacy"):
         chat = encoder(name, kind)
         for messages in ([Q], [Q, A, user("Why? ")]):
-            own = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            given = list(map(in_parts, messages)) if FAMILIES[name].in_parts else messages
+            own = chat.tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
             assert chat.encode_prompt(messages) == own
 
 

@@ -243,12 +243,19 @@ def test_gpt_oss_earlier_answer_is_refused_beside_the_last_since_nothing_stops_a
 
 def test_tool_call_whose_name_the_template_repeats_is_told():
     """Gemma 4 stops at the marker before the result, in the middle of a turn, and goes on without a header."""
-    calls = answer("", tool_calls=[call(arguments={"x": "a", "y": [1]}), call("g")])
-    first, second = supervised(ChatEncoder(tokenizer_for("gemma4")), [Q, calls, tool("2"), tool("3"), A])
-    assert first == (
-        '<|tool_call>call:f{x:<|"|>a<|"|>,y:[1]}<tool_call|><|tool_call>call:g{}<tool_call|><|tool_response>'
-    )
-    assert second == "Hello.<turn|>"
+    chat = ChatEncoder(tokenizer_for("gemma4"))
+    f = '<|tool_call>call:f{x:<|"|>a<|"|>,y:[1]}<tool_call|>'
+    one = call(arguments={"x": "a", "y": [1]})
+    first, second = supervised(chat, [Q, answer("", tool_calls=[one]), tool("2"), A])
+    assert (first, second) == (f"{f}<|tool_response>", "Hello.<turn|>")
+    two = answer("", tool_calls=[one, call("g")])
+    first, second = supervised(chat, [Q, two, tool("2"), tool("3"), A])
+    assert (first, second) == (f"{f}<|tool_call>call:g{{}}<tool_call|><|tool_response>", "Hello.<turn|>")
+
+
+def test_second_call_that_a_template_leaves_out_is_refused():
+    with pytest.raises(FormatError, match="does not write the tool calls of message 2"):
+        ChatEncoder(tokenizer_for("gptoss")).encode([Q, answer("", tool_calls=[call("get_x")] * 2), tool("2"), A])
 
 
 def test_content_of_a_call_that_a_template_writes_behind_the_result_is_refused():

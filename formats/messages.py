@@ -3,6 +3,7 @@
 An assistant message may bring `tool_calls` instead of content, and the tools' answers have the role "tool". `tools` is
 a list of JSON schemas, or its text. An answer with `train`, `loss` or `weight` false (0) is mere context. Other keys of
 a message (`reasoning_content`, ...) go to the template as they are.
+Content in parts, `[{"type": "text", "text": ...}, ...]`, becomes the text of its parts, one after the other.
 
 >>> to_messages({"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]})
 [{'role': 'user', 'content': 'Hi.'}, {'role': 'assistant', 'content': 'Hello.'}]
@@ -21,10 +22,13 @@ def to_messages(row: dict[str, Any], system: str | None = None) -> list[dict[str
 
     Raises: FormatError: a message has no known role or no content, or there is no assistant message.
     """
-    messages = row["messages"]
-    for number, message in enumerate(messages, start=1):
+    messages = []
+    for number, message in enumerate(row["messages"], start=1):
         if not isinstance(message, dict):
             raise FormatError(f'message {number} is {type(message).__name__}, not {{"role", "content"}}')
+        if isinstance(message.get("content"), list):
+            message = {**message, "content": _joined(message["content"], number)}
+        messages.append(message)
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise FormatError(f"the role of message {number} is {role!r}; known are {', '.join(ROLES)}")
@@ -41,3 +45,15 @@ def to_messages(row: dict[str, Any], system: str | None = None) -> list[dict[str
     if prompt and messages[0]["role"] not in ("system", "developer"):
         return [{"role": "system", "content": prompt}, *messages]
     return messages
+
+
+def _joined(parts: list[Any], number: int) -> str:
+    """The text of content in parts. Raises: FormatError: a part is not text."""
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise FormatError(
+                f"the content of message {number} has a part of type {kind!r}; only parts "
+                '{"type": "text", "text": ...} can be trained on'
+            )
+    return "".join(part["text"] for part in parts)

@@ -1,7 +1,9 @@
 """Model families for the tests of the mask: trained tokenizers, hostile conversations, and the oracle.
 
 The oracle of a family writes a conversation as that family's template does, in literal pieces, each with whether it is
-the assistant's. It knows nothing of sft/data/chat.py; that its pieces are the template's text is checked row by row.
+the assistant's; or it is a pattern whose group finds the assistant's pieces in the template's own text, in which no
+content spells a control token. It knows nothing of sft/data/chat.py; that its pieces are the template's text is checked
+row by row.
 """
 
 import json
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import trl
@@ -18,6 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from sft.data.chat import HEADER_MERGED, Encoded
+from sft.data.message_forms import in_parts
 from tests.qwen_tokenizer import NOT_SPECIAL, PATTERN, SPECIAL
 
 Pieces = list[tuple[str, bool]]
@@ -144,6 +148,23 @@ def phi3(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
     return [*pieces, ("<|endoftext|>", False)]
 
 
+def spelled_tokens(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a template spells like a control token, and what it writes in answers that a tokenizer may have added."""
+    special = {"<s>", "</s>", *re.findall(r"<\|[A-Za-z_\d]+\|?>|<[a-z_]+\|>|<｜[^｜\s]+｜>", source)}
+    special |= set(re.findall(r"<(?:start|end)_of_[a-z]+>|<[A-Z]+_TOKEN>|\[gMASK\]|<sop>|<image>", source))
+    added = [t for t in ("<think>", "</think>", "<tool_call>", "</tool_call>") if t in source]
+    return tuple(sorted(special)), tuple(added)
+
+
+def pieces_of(pattern: str, text: str) -> Pieces:
+    """The assistant's pieces are the pattern's group."""
+    pieces, at = [], 0
+    for match in re.finditer(pattern, text, re.DOTALL):
+        pieces += [(text[at : match.start(1)], False), (match[1], True)]
+        at = match.end()
+    return [*pieces, (text[at:], False)]
+
+
 def deepseek(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
     """R1 distill and V3 alike, for dialogues with at most one tool call, in the manner of V3."""
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
@@ -217,7 +238,7 @@ class Family:
     """A template with what belongs to it. `special` are control tokens, `added` are not (think, white space)."""
 
     name: str
-    oracle: Callable[[list[dict], list[dict] | None], Pieces]
+    oracle: Callable[[list[dict], list[dict] | None], Pieces] | str
     special: tuple[str, ...]
     bos: str | None = None
     eos: str = ""
@@ -228,6 +249,12 @@ class Family:
     calls: str = ""  # "json": tool calls with dict arguments; "text": one call, its arguments as text
     thinks: bool = False
     sentencepiece: str | None = "metaspace"  # the SentencePiece-like kind that the mask is tested with
+    reasons: bool = False  # answers may bring reasoning_content
+    turns: int = 3  # at most so many questions, where a template rewrites earlier answers
+    one_call: bool = False  # a message calls one tool and says nothing beside it
+    in_parts: bool = False  # the template takes content in parts only
+    markers: bool = False  # the next role's marker ends a turn, and is put behind the last
+    before: str = ""  # put before the template
 
 
 QWEN = {"special": tuple(SPECIAL), "eos": "<|im_end|>", "alternates": False, "calls": "json"}
@@ -250,6 +277,17 @@ COHERE = {
     "bos": "<BOS_TOKEN>",
     "eos": "<|END_OF_TURN_TOKEN|>",
 }
+LLAMA3 = r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n"
+BUILTIN_TOOLS = "{%- set builtin_tools = ['brave_search'] %}"
+
+
+def spelled(name: str, oracle: str, **options: Any) -> Family:
+    """A family whose control tokens are those that its template spells, with tools and reasoning."""
+    special, added = spelled_tokens(template(name.split(" ")[0]))
+    options = {"calls": "json", "one_call": True, "reasons": True, "thinks": True, "sentencepiece": "legacy"} | options
+    return Family(name, oracle, special, bos="<s>", eos="</s>", added=added, **options)
+
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -297,6 +335,17 @@ FAMILIES = {
         Family("deepseekv3", deepseek, alternates=False, calls="text", sentencepiece="legacy", **DEEPSEEK),
         Family("cohere", cohere, **COHERE),
         Family("cohere2", cohere2, sentencepiece=None, **COHERE),
+        spelled("gemma4", r"(?:<\|turn>model\n|<tool_response\|>(?!<\|tool_r))(.*?(?:<turn\|>|<\|tool_response>))"),
+        spelled("glm4moe", r"<\|assistant\|>(.*?(?:<\|user\|>|<\|observation\|>))", markers=True),
+        spelled("gptoss", r"<\|start\|>assistant((?:(?!<\|start\|>[uf]).)*?(?:<\|return\|>|<\|call\|>))", turns=1),
+        spelled("lfm2_2_5", r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", one_call=False),
+        spelled("llama3_1", rf"{LLAMA3}(.*?<\|eot_id\|>)"),
+        spelled("llama3_1 with builtin_tools", rf"{LLAMA3}(.*?(?:<\|eot_id\|>|<\|eom_id\|>))", before=BUILTIN_TOOLS),
+        spelled("llava_next", r" \[/INST\](.*?</s>)", calls="", in_parts=True),
+        spelled("muse_glimmer", r"<\|start\|>assistant(.*?<\|eot\|>)"),
+        spelled("nemotron_3_nano", r"<\|im_start\|>assistant\n(?:<think>\n?)?(.*?<\|im_end\|>)", one_call=False),
+        spelled("qwen3_5_think", r"<\|im_start\|>assistant\n(?:<think>\n)?(.*?<\|im_end\|>)", one_call=False),
+        spelled("smolvlm", r"<end_of_utterance>\nAssistant:(.*?<end_of_utterance>)", calls="", in_parts=True),
     )
 }
 KINDS = ("bytes", "metaspace", "legacy", "gemma")
@@ -378,8 +427,14 @@ def build(family: Family, kind: str) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token=family.bos,
         eos_token=family.eos,
-        chat_template=template(family.name),
+        chat_template=family.before + template(family.name.split(" ")[0]),
     )
+
+
+def tokenizer_for(name: str, kind: str = "bytes") -> PreTrainedTokenizerFast:
+    """A tokenizer for any of trl's templates: what it spells like a control token is one."""
+    special, added = spelled_tokens(template(name))
+    return build(Family(name, "", special, bos="<s>", eos="</s>", added=added), kind)
 
 
 # --------------------------------------------------------------------------------------------------------- comparison
@@ -420,14 +475,21 @@ def expect(family: Family, kind: str, tokenizer: PreTrainedTokenizerFast, rows: 
         return [(i, a + at, b + at) for i, (a, b) in zip(row["input_ids"], row["offset_mapping"], strict=True)]
 
     for messages, tools in rows:
-        pieces = family.oracle(messages, tools)
+        given = [in_parts(message) for message in messages] if family.in_parts else messages
+        rendered = tokenizer.apply_chat_template(given, tools=tools, tokenize=False)
+        marker = "<|observation|>" if "tool_calls" in messages[-1] else "<|user|>"
+        closing = marker if family.markers and messages[-1]["role"] == "assistant" else ""
+        if isinstance(family.oracle, str):
+            pieces = pieces_of(family.oracle, rendered + closing)
+        else:
+            pieces = family.oracle(messages, tools)
         text = "".join(piece for piece, _ in pieces)
-        rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        assert rendered == text, f"the oracle writes {text!r}, the template {rendered!r}"
+        assert rendered + closing == text, f"the oracle writes {text!r}, the template {rendered!r}"
         own = tokenizer.apply_chat_template(
-            messages, tools=tools, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
+            given, tools=tools, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
         )
         found = [(i, a, b) for i, (a, b) in zip(own["input_ids"], own["offset_mapping"], strict=True)]
+        found += tokens(tokenizer, closing, len(rendered))
         turns = supervised_turns(pieces)
         cuts = [start for start, _ in turns if any(a < start < b for _, a, b in found)]
         if cuts:
@@ -508,7 +570,7 @@ def conversation(
     if family.calls == "json" and rng.random() < 0.2:
         tools = [{"type": "function", "function": {"name": "f", "description": text(), "parameters": {}}}]
     called = False
-    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+    for _ in range(min(rng.choice((1, 1, 1, 2, 2, 3)), family.turns)):
         messages.append({"role": "user", "content": text(blank=True)})
         if not family.alternates and rng.random() < 0.05:
             messages.append({"role": "user", "content": text(blank=True)})
@@ -517,15 +579,15 @@ def conversation(
             for _ in range(rng.choice((1, 2)) if family.calls == "json" else 1):
                 arguments = {"x": text()} if family.calls == "json" else json.dumps({"x": text()})
                 calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
-                if family.calls == "json" and rng.random() < 0.3:
+                if family.calls == "json" and rng.random() < 0.3 and not family.one_call:
                     calls *= 2
-                says = text() if rng.random() < 0.3 else ""
+                says = text() if rng.random() < 0.3 and not family.one_call else ""
                 messages.append({"role": "assistant", "content": says, "tool_calls": calls})
                 if family.thinks and family.calls == "json" and rng.random() < 0.5:
                     messages[-1]["reasoning_content"] = text()
                 messages += [{"role": "tool", "content": text(blank=True)} for _ in calls]
         messages.append({"role": "assistant", "content": text()})
-        if family.name == "qwen3" and rng.random() < 0.2:
+        if (family.name == "qwen3" or family.reasons) and rng.random() < 0.2:
             messages[-1]["reasoning_content"] = text()
         if not family.alternates and rng.random() < 0.05:
             messages.append({"role": "assistant", "content": text()})

@@ -1,4 +1,4 @@
-"""A chat template: messages -> text, and where in that text each answer begins and ends.
+"""Where in the text of a chat template each answer begins and ends.
 
 An assistant turn begins after its *header* (what `add_generation_prompt` renders at that point) and ends with its
 *stop token* (the last control token that the template writes between this answer and whatever comes next).
@@ -19,93 +19,19 @@ what it cannot tell. An example, with ■ for the mark and ⏎ for a line break:
 
 import os.path
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
-
-import jinja2
-from jinja2.runtime import LoopContext
-from jinja2.utils import Namespace
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
+from typing import NamedTuple, Protocol
 
 from sft.data.control_tokens import unused_character
-from sft.data.conversation import Message, Tools, assistant_turns
-from sft.errors import FormatError, ModelError
+from sft.data.conversation import Message, Tools
+from sft.errors import FormatError
 
 
 class Render(Protocol):
     """Messages -> the template's text; `prompt`: with the header of the answer that comes next."""
 
     def __call__(self, messages: list[Message], tools: Tools | None = None, prompt: bool = False) -> str: ...
-
-
-# ---------------------------------------------------------------------------------------------------------- rendering
-
-
-class ChatTemplate:
-    """The chat template of a tokenizer, compiled once.
-
-    Raises: ModelError: it has none, or none without a name.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        if not tokenizer.chat_template:
-            raise ModelError(
-                "the tokenizer has no chat template; give one with chat.template (a .jinja file), or "
-                "chat.instruction_template and chat.response_template"
-            )
-        try:
-            sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])]  # a model may have two
-        except ValueError as error:
-            raise ModelError(f"the tokenizer's chat templates: {error}") from None
-        self._compiled, self._compiled_with_tools = map(_compile, sources)
-        self.parsed = [self._compiled.environment.parse(source) for source in sources]
-        self._variables = {"documents": None, **tokenizer.special_tokens_map}
-
-    def render(self, messages: list[Message], tools: Tools | None = None, prompt: bool = False) -> str:
-        """The template's own text, as `apply_chat_template` gives it.
-
-        Raises: FormatError: the template refuses the conversation.
-        """
-        # As apply_chat_template does: keys that are None are dropped; reasoning goes by each of its names.
-        plain = [
-            {key: value for key, value in m.items() if value is not None} if None in m.values() else m for m in messages
-        ]
-        if any("reasoning_content" in m or "reasoning" in m or "thinking" in m for m in plain):
-            plain = chat_template_utils._alias_reasoning_fields(plain)  # pinned: transformers
-        try:
-            template = self._compiled if tools is None else self._compiled_with_tools
-            # What `template.render` does, which copies the globals twice: a third of its time for a short dialogue.
-            variables = {**template.globals, **self._variables}
-            variables |= {"messages": plain, "tools": tools, "add_generation_prompt": prompt}
-            return "".join(template.root_render_func(template.new_context(variables, shared=True)))
-        except (jinja2.TemplateError, TypeError, AttributeError, ValueError, LookupError) as error:
-            raise FormatError(f"the chat template refuses this conversation: {error}") from None
-
-
-def _compile(source: str) -> jinja2.Template:
-    """The template as transformers compiles it, with a shorter way to `message.role` and `loop.last`.
-
-    Jinja tries a dict's attributes before its items, at the price of an exception for each item, and its sandbox looks
-    at each public attribute of Jinja's own objects, which are all safe.
-    """
-    # Private, but the only way to render 15,000 conversations a second.  pinned: transformers
-    environment = chat_template_utils._compile_jinja_template(source).environment.overlay()
-    attributes, slow = frozenset(dir(dict)), environment.getattr
-    loop_attributes = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
-
-    def attribute_or_item(value: Any, name: str) -> Any:
-        if type(value) is dict and name not in attributes:
-            return value[name] if name in value else environment.undefined(obj=value, name=name)
-        if type(value) is LoopContext and name in loop_attributes:
-            return getattr(value, name)
-        if type(value) is Namespace and not name.startswith("_"):
-            return slow(value, name) if (found := getattr(value, name, slow)) is slow else found
-        return slow(value, name)
-
-    environment.getattr = attribute_or_item
-    return environment.from_string(source)
 
 
 # ----------------------------------------------------------------------------------------------------------- locating
@@ -116,11 +42,14 @@ class LocatedTurns(NamedTuple):
 
     unwritten_prompt: the end of a generation prompt that the rendered turn does not begin with (DeepSeek-R1's
     "<think>\\n"); "" where every turn begins with its whole prompt.
+    closing: the end of `text` that the template does not write: GLM-4.5 ends a turn with the next role's marker only,
+    so after the last turn the marker that most likely follows is put ("<|user|>"); "" mostly.
     """
 
     text: str
     spans: list[tuple[int, int]]
     unwritten_prompt: str
+    closing: str
 
 
 @dataclass(frozen=True)
@@ -144,17 +73,23 @@ class _Question:
 
 
 def locate_turns(
-    render: Render, messages: list[Message], tools: Tools | None, control: re.Pattern[str]
+    render: Render,
+    messages: list[Message],
+    tools: Tools | None,
+    control: re.Pattern[str],
+    answers: Sequence[int],
 ) -> LocatedTurns:
-    """Renders a conversation and finds each answer with its stop token in the text.
+    """Renders a conversation and finds some of its answers, each with its stop token, in the text.
+
+    answers: the indexes of their messages.
 
     Raises: FormatError: an answer's beginning or end cannot be told.
     """
     text = render(messages, tools)
     mark = unused_character((text, messages, tools))
     spans: list[tuple[int, int]] = []
-    unwritten_prompt = ""
-    for k in assistant_turns(messages):
+    unwritten_prompt = closing = ""
+    for k in answers:
         question = _Question(render, messages, tools, k, mark, control)
         calls = messages[k].get("tool_calls") or []
         if not all(isinstance(call, dict) for call in calls):
@@ -162,14 +97,15 @@ def locate_turns(
         marked, marked_last, marked_whole = _marked_texts(question)
         start, unwritten = _find_start(question, text, marked_last, marked_whole)
         unwritten_prompt = unwritten or unwritten_prompt
-        stop = _find_stop(question, text, start, marked, marked_last, marked_whole)
+        stop, closing = _find_stop(question, text, start, marked, marked_last, marked_whole)
         if spans and start < spans[-1][1]:
             raise FormatError(f"the end of the answer ({question.name}) cannot be told in the chat template's text")
-        for call in calls:
-            if (call.get("function") or call).get("name", "") not in text[start:stop]:
+        names = [(call.get("function") or call).get("name", "") for call in calls]
+        for name in names:
+            if name and text.count(name, start, stop) < names.count(name):
                 raise FormatError(f"the chat template does not write the tool calls of {question.name}")
         spans.append((start, stop))
-    return LocatedTurns(text, spans, unwritten_prompt)
+    return LocatedTurns(text + closing, spans, unwritten_prompt, closing)
 
 
 def _marked_texts(question: _Question) -> tuple[Message, str, str]:
@@ -186,20 +122,59 @@ def _marked_texts(question: _Question) -> tuple[Message, str, str]:
 
 
 def _marked(message: Message, mark: str) -> Iterator[Message]:
-    """The message with a mark where a template may write it: its content, or its first tool call's name."""
-    named = []
+    """The message with a mark where a template may write it: its content, or its first tool call.
+
+    A template may repeat the name of what is called (gpt-oss does before the result), or sort the arguments: a private
+    character comes last.
+    """
+    called = []
     if calls := message.get("tool_calls"):
-        first = calls[0]
-        function = first.get("function")
-        call = {**first, "function": {**function, "name": mark}} if function else {**first, "name": mark}
-        named = [{**message, "tool_calls": [call, *calls[1:]]}]
+        function = calls[0].get("function") or calls[0]
+        arguments = function.get("arguments") or {}
+        more = arguments + mark if isinstance(arguments, str) else {**arguments, mark: 1}
+        for changed in ({**function, "name": mark}, {**function, "arguments": more}):
+            first = {**calls[0], "function": changed} if "function" in calls[0] else changed
+            called.append({**message, "tool_calls": [first, *calls[1:]]})
     content = {**message, "content": mark}
     # What is empty may not be written; what is not written changes nothing.
-    yield from [content, *named] if message.get("content") else [*named, content]
+    yield from [content, *called] if message.get("content") else [*called, content]
 
 
 def _find_start(question: _Question, text: str, marked_last: str, marked_whole: str) -> tuple[int, str]:
     """Where the answer begins in `text`, and what of its generation prompt is not written there."""
+    try:
+        return _start_of_marked(question, text, marked_last, marked_whole)
+    except FormatError:
+        if (start := _start_behind_history(question, text)) is None:
+            raise
+        return start
+
+
+def _start_behind_history(question: _Question, text: str) -> tuple[int, str] | None:
+    """The same by a mark in the message before: prompt and text begin alike behind it, up to the answer.
+
+    For a history that the template writes otherwise in a prompt than before an answer (gpt-oss drops the reasoning of
+    calls before a final answer).
+    """
+    if not question.k:
+        return None
+    history = [*question.history[:-1], {**question.history[-1], "content": question.mark}]
+    texts = [
+        question.render(history, question.tools),
+        question.render(history, question.tools, prompt=True),
+        question.render([*history, *question.messages[question.k :]], question.tools),
+    ]
+    if any(marked.count(question.mark) != 1 for marked in texts):
+        return None
+    end_of_history, prompt, whole = (marked.partition(question.mark)[2] for marked in texts)
+    length = common_length(prompt, whole, question.control)
+    if not text.endswith(whole) or length < common_length(prompt, end_of_history, question.control):
+        return None
+    return len(text) - len(whole) + length, prompt[length:]
+
+
+def _start_of_marked(question: _Question, text: str, marked_last: str, marked_whole: str) -> tuple[int, str]:
+    """The same by the mark in the answer."""
     before, unwritten = _header(question, marked_last)
     start = len(before)
     if not marked_whole.startswith(before):
@@ -249,32 +224,56 @@ def _header_end(question: _Question, history: list[Message], marked_text: str) -
     raise FormatError(f"the header of {question.name} cannot be told in the chat template's text")
 
 
-def _find_stop(question: _Question, text: str, start: int, marked: Message, marked_last: str, marked_whole: str) -> int:
-    """Where the answer ends in `text`, its stop token included."""
+def _find_stop(
+    question: _Question, text: str, start: int, marked: Message, marked_last: str, marked_whole: str
+) -> tuple[int, str]:
+    """Where the answer ends in `text`, its stop token included, and what must be put behind `text` for that."""
     mark, control = question.mark, question.control
     after_last, after_whole = (t[t.index(mark) + 1 :] for t in (marked_last, marked_whole))
     # A later message may leave no trace in the text (a role that the template does not know).
     after_followed = after_whole if after_whole != after_last else _after_when_followed(question, marked)
     alike = len(os.path.commonprefix([after_last, after_followed]))
     stops = [found for found in control.finditer(after_last) if found.end() <= alike]
-    if not stops:
-        firsts = [found[0] for after in (after_last, after_followed) if (found := control.search(after))]
-        if len(firsts) == 2:
-            raise FormatError(
-                f"the chat template writes {firsts[0]!r} after {question.name} when it is the last, else "
-                f"{firsts[1]!r}, so its stop token cannot be told; give another with chat.template"
-            )
-        raise FormatError(
-            f"the chat template writes no stop token after the answer ({question.name}), so a model trained "
-            "on it would never stop; give one that does with chat.template"
-        )
-    text_after_turn = after_whole[stops[-1].end() :]
-    stop = len(text) - len(text_after_turn)
-    if not text.endswith(text_after_turn) or stop <= start:
+    stop = stops[-1] if stops else _other_stop(question, after_last, after_followed)
+    if after_whole == after_last and stop.end() > len(after_last):  # the last turn, and nothing ends it
+        closing = after_followed[len(after_last) : stop.end()]
+        if not text.endswith(after_last) or len(text) <= start:
+            raise FormatError(f"the end of the answer ({question.name}) cannot be told in the chat template's text")
+        return len(text) + len(closing), closing
+    text_after_turn = after_whole[stop.end() :]
+    end = len(text) - len(text_after_turn)
+    if not text.endswith(text_after_turn) or end <= start:
         raise FormatError(f"the end of the answer ({question.name}) cannot be told in the chat template's text")
-    if not text.endswith(stops[-1][0], start, stop):
-        raise FormatError(f"the chat template ends {question.name} without {stops[-1][0]!r}, its stop token")
-    return stop
+    if not text.endswith(stop[0], start, end):
+        raise FormatError(f"the chat template ends {question.name} without {stop[0]!r}, its stop token")
+    return end, ""
+
+
+def _other_stop(question: _Question, after_last: str, after_followed: str) -> re.Match[str]:
+    """The stop token where the template ends its last turn in another way than those before.
+
+    That of the last turn is then the only control token behind it (gpt-oss: `<|return|>`, else `<|end|>`). Where there
+    is none, the next role's marker ends a turn, if nothing else stands before it (GLM-4.5).
+
+    after_last, after_followed: what stands behind the answer when it is the last, and when another message follows.
+    """
+    in_last, in_followed = (list(question.control.finditer(text)) for text in (after_last, after_followed))
+    if len(in_last) == 1 and question.k + 1 == len(question.messages):
+        return in_last[0]
+    if in_last and in_followed:
+        raise FormatError(
+            f"the chat template writes {in_last[0][0]!r} after {question.name} when it is the last, else "
+            f"{in_followed[0][0]!r}, so its stop token cannot be told; set chat.examples: each_answer, or give another "
+            "template with chat.template"
+        )
+    ends_bare = not in_last and (question.messages[question.k].get("tool_calls") or not after_last.strip())
+    if ends_bare and in_followed and after_followed.startswith(after_last):
+        if not after_followed[len(after_last) : in_followed[0].start()].strip():
+            return in_followed[0]
+    raise FormatError(
+        f"the chat template writes no stop token after the answer ({question.name}), so a model trained "
+        "on it would never stop; give one that does with chat.template"
+    )
 
 
 def _after_when_followed(question: _Question, marked: Message) -> str:
@@ -294,7 +293,11 @@ def _after_when_followed(question: _Question, marked: Message) -> str:
 
 
 def common_length(a: str, b: str, control: re.Pattern[str]) -> int:
-    """The length of what two texts begin with alike, never ending inside a control token of either."""
+    """The length of what two texts begin with alike.
+
+    Where they part, that ends neither inside a control token nor inside a word or a tag of either: a prompt that ends
+    with "<think>" and a turn that begins with "</think>" have no "<" in common.
+    """
     end = len(os.path.commonprefix([a, b]))
     for text in (a, b):
         for match in control.finditer(text, max(0, end - 128)):
@@ -302,27 +305,10 @@ def common_length(a: str, b: str, control: re.Pattern[str]) -> int:
                 break
             if match.end() > end:
                 end = match.start()
+    if end < min(len(a), len(b)) and (cut := _BEGUN.search(a, 0, end)):
+        if cut[0][0] in "<[" or a[end].isalnum() or b[end].isalnum():
+            return max([cut.start(), *(m.end() for m in control.finditer(a, max(0, end - 128), end))])
     return end
 
 
-def tokens_around_messages(render: Render, added_tokens: re.Pattern[str]) -> Iterator[str]:
-    """Added tokens that the template writes outside the answers of a plain dialogue: its control tokens."""
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    call: Message = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
-    }
-    probes: list[list[Message]] = [
-        [user, assistant, user, assistant],
-        [{"role": "system", "content": "c"}, user, assistant, user, assistant],
-        [user, call, {"role": "tool", "name": "f", "content": "d"}, assistant],
-    ]
-    for messages in probes:
-        try:
-            text, spans, _ = locate_turns(render, messages, None, added_tokens)
-        except FormatError:
-            continue  # a template without tools, or without system prompts
-        edges = [0, *(edge for span in spans for edge in span), len(text)]
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            yield from added_tokens.findall(text, start, stop)
+_BEGUN = re.compile(r"[<\[]/?\w*\Z|\w+\Z")  # a tag or a word at the end of a text

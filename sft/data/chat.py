@@ -21,11 +21,13 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.answer_spans import ChatTemplate, locate_turns, tokens_around_messages
+from sft.data.answer_spans import locate_turns
+from sft.data.chat_template import ChatTemplate
 from sft.data.control_tokens import ControlTokens, added_token_pattern
 from sft.data.conversation import Conversation, Message, Tools, assistant_turns
 from sft.data.history import History
 from sft.data.reasoning import Reasoning
+from sft.data.template_probe import probe_template
 from sft.data.turn_reader import Shape, Turn, TurnReader
 from sft.errors import ControlTokenError, FormatError, ModelError
 
@@ -82,6 +84,7 @@ class ChatEncoder:
         self.after_thinking = after_thinking
         self.native = hasattr(tokenizer, "encode_conversation")
         self.stop_ids: set[int] = set()
+        self.content_opener: list[int] = []
         if self.native:
             self.stop_ids.update(tokenizer.stop_token_ids)
             return
@@ -90,12 +93,14 @@ class ChatEncoder:
             raise ModelError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer: without offsets its answers cannot be told"
             )
-        self.render = template.render
+        self.render, self.served, self._fit = template.render, template.served, template.fit
         self._rust = _without_post_processor(tokenizer.backend_tokenizer)
         self._continuations: dict[int, Tokenizer] = {}
         self._added_ids = set(tokenizer.added_tokens_decoder)
         self.control = ControlTokens(tokenizer, self._rust)
-        self.control.add(tokens_around_messages(self.render, added_token_pattern(tokenizer)))
+        tokens, self._closings, opener = probe_template(self.render, added_token_pattern(tokenizer))
+        self.control.add(tokens)
+        self.content_opener = list(self._rust.encode(opener, add_special_tokens=False).ids)
         self._reader = TurnReader(self.render, self.control, self._rust)
         self._history = History(template, self.control.pattern)
         self._reasoning = Reasoning(tokenizer, self.render) if after_thinking else None
@@ -117,13 +122,14 @@ class ChatEncoder:
             input_ids, turns = self._native_tokenizer.encode_conversation(messages, tools)
             return Encoded(input_ids, turns[-1:] if last_only else turns)
         notes = []
-        rust = self._rust
+        messages, rust = self._fit(messages), self._rust
         if spelled := self.control.find(messages, tools):
             if not self.as_text:
                 raise ControlTokenError(f"spells the control token {spelled[0]!r}")
             messages, tools, rust = self.control.split_spelled(messages, tools)
             notes.append(CONTROL_AS_TEXT)
-        located = locate_turns(self.render, messages, tools, self.control.pattern)
+        answers = assistant_turns(messages)[-1 if last_only else 0 :]
+        located = locate_turns(self.render, messages, tools, self.control.pattern, answers)
         if located.unwritten_prompt:
             notes.append(PROMPT_PARTED)
         spans = located.spans[-1 if last_only else 0 :]
@@ -144,7 +150,7 @@ class ChatEncoder:
         """The ids that the model is given when it must write the next assistant turn after `messages`."""
         if self.native:
             return list(self._native_tokenizer.encode_prompt(messages, tools))
-        rust = self._rust
+        messages, rust = self._fit(messages), self._rust
         if self.control.find(messages, tools):
             messages, tools, rust = self.control.split_spelled(messages, tools)
         return list(rust.encode(self.render(messages, tools, prompt=True), add_special_tokens=False).ids)
@@ -203,7 +209,12 @@ class ChatEncoder:
 
     def shape(self, conversation: Conversation) -> Shape | None:
         """What a template may branch on; None if the turns may not be read off the ids."""
-        return None if self.native else self._reader.shape(conversation)
+        if self.native:
+            return None
+        try:
+            return self._reader.shape(conversation._replace(messages=self._fit(conversation.messages)))
+        except FormatError:
+            return None  # encoding says so
 
     def history_depends_on_shape(self, conversation: Conversation) -> bool:
         """Whether `rewrites_history` says the same of every conversation of this shape for which this holds."""
@@ -213,7 +224,10 @@ class ChatEncoder:
         """Whether an answer, or what precedes it, is written otherwise once more messages follow."""
         if self.native:
             return False  # its answers are encoded alike; the next role's token ends one, or </s>
-        messages, tools, _ = conversation
+        try:
+            messages, tools = self._fit(conversation.messages), conversation.tools
+        except FormatError:
+            return False  # encoding says so
         if self.control.find(messages, tools):
             messages, tools, _ = self.control.split_spelled(messages, tools)
         return self._history.is_rewritten(Conversation(messages, tools))
@@ -236,14 +250,19 @@ class ChatEncoder:
             if shape is None:
                 rendered.careful.append(i)
                 continue
+            messages, tools, _ = conversation
             try:
-                rendered.texts.append(self.render(conversation.messages, conversation.tools))
+                rendered.texts.append(self.render(messages, tools) + self._closing(messages[-1]))
             except FormatError:
                 rendered.careful.append(i)  # which says so again
                 continue
             rendered.quick.append(i)
             rendered.shapes.append(shape)
         return rendered
+
+    def _closing(self, last: Message) -> str:
+        """What ends the last answer where the template ends a turn with the next role's marker only."""
+        return self._closings.get("tool_calls" in last, "") if last["role"] == "assistant" else ""
 
     def encode_rendered(self, rendered: Rendered) -> list[Encoded | FormatError]:
         """The second half of `encode_batch`: most of it in the tokenizer's Rust side, which leaves Python to others."""
@@ -282,7 +301,7 @@ class ChatEncoder:
         reasoning = self._reasoning
         for i, shape, text, row_ids, (turns, sound) in rows:
             # With an unwritten prompt an answer may begin with what its prompt holds beyond the header.
-            sound = sound and not (unwritten and unwritten in text)
+            sound = sound and not (unwritten and reader.whole_header in text)
             sound = sound and len(turns) == shape.count("assistant") > 0
             if reasoning is not None:
                 sound = sound and reasoning.may_read(conversations[i], text)

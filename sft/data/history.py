@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 from jinja2 import nodes
 
-from sft.data.answer_spans import ChatTemplate, locate_turns
+from sft.data.answer_spans import locate_turns
+from sft.data.chat_template import ChatTemplate
 from sft.data.conversation import Conversation, Message, assistant_turns
 from sft.errors import FormatError
 
@@ -55,7 +56,7 @@ class History:
         """What the template writes after the stop token of a last answer; located once for plain answers and calls."""
         calls = bool(conversation.messages[-1].get("tool_calls"))
         if calls not in self._tails or not text.endswith(self._tails[calls]):
-            located = locate_turns(self._render, conversation.messages, conversation.tools, self._control)
+            located = locate_turns(self._render, *conversation[:2], self._control, [len(conversation.messages) - 1])
             self._tails[calls] = text[located.spans[-1][1] :]
         return self._tails[calls]
 

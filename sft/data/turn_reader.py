@@ -32,12 +32,13 @@ class TurnReader:
     """Knows the ids of the header before an answer, and the shapes for which reading turns off the ids is proven.
 
     unwritten_prompt: what a generation prompt holds beyond the header that rendered turns have; "" mostly.
+    whole_header: the header with that.
     """
 
     def __init__(self, render: Render, control: ControlTokens, rust: Tokenizer):
         self._render, self._control, self._rust = render, control, rust
         self.knows_header = False
-        self.unwritten_prompt = ""
+        self.unwritten_prompt = self.whole_header = ""
         self._header_ids: list[int] = []
         self._proven: dict[Shape, bool] = {}
 
@@ -83,11 +84,12 @@ class TurnReader:
             return  # this row says so itself
         pattern = self._control.pattern
         end = common_length(prompt, answered, pattern)
-        header = prompt[common_length(prompt, history, pattern) : end]
+        begin = common_length(prompt, history, pattern)
+        header = prompt[begin:end]
         self.knows_header = True
         if pattern.match(header):
             self._header_ids = list(self._rust.encode(header, add_special_tokens=False).ids)
-            self.unwritten_prompt = prompt[end:]
+            self.unwritten_prompt, self.whole_header = prompt[end:], prompt[begin:]
 
     def read(self, rows: Sequence[np.ndarray], stop_ids: set[int]) -> list[ReadRow]:
         """The turns of each row of ids, all rows in one sweep.

@@ -21,8 +21,11 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises: RecipeError: it is not there, or it has no chat template, or one that does not read chat.variables.
     """
     options = source_options(recipe)
+    source = local_or_hub(recipe.model_name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+        if type(tokenizer).__name__ == "MistralCommonBackend":  # has neither offsets nor a chat template
+            tokenizer = _convert_tekken(source, options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise recipe.error("model_name_or_path", f"its tokenizer does not load: {first_line(error)}") from None
     if recipe.chat.template is not None:
@@ -49,6 +52,17 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token  # only fills: labels and attention never look at it
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _convert_tekken(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """A `tekken.json` as a fast tokenizer, with the folder's chat template, or mistral-common's.
+
+    Its ids are those of mistral-common, which also drops spaces at the end of an answer (docs/families.md).
+    """
+    from transformers.integrations.mistral import tokenizer as mistral  # needs mistral-common
+
+    _, path = mistral.resolve_mistral_format(source, **{k: v for k, v in options.items() if k != "trust_remote_code"})
+    return mistral.convert_tekken_tokenizer(str(path))
 
 
 def plain_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -54,7 +54,7 @@ def list_turns(conversations: Sequence[tuple[str, Conversation]], encoder: ChatE
             reference = messages[number].get("content") or ""
             if messages[number].get("tool_calls"):
                 encoded = encoder.encode(messages[: number + 1], tools, last_only=True)
-                start, stop = encoded.turns[-1]
+                ((start, stop),) = encoded.turns
                 reference = without_thoughts(answer_text(encoder, encoded.input_ids[start : stop - 1]))
             prompt = encoder.encode_prompt(messages[:number], tools)
             turns.append(Turn(place, number, conversation, prompt, reference))
@@ -62,8 +62,10 @@ def list_turns(conversations: Sequence[tuple[str, Conversation]], encoder: ChatE
 
 
 def answer_text(encoder: ChatEncoder, ids: Iterable[int]) -> str:
-    """The text of an answer's tokens, its stop token left out."""
-    text = str(encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+    """The text of an answer's tokens, its stop token left out; of several channels (gpt-oss) the one of the content."""
+    ids, opener = list(ids), encoder.content_opener
+    ends = (end for end in range(len(ids), len(opener) - 1, -1) if opener and ids[end - len(opener) : end] == opener)
+    text = str(encoder.tokenizer.decode(ids[next(ends, 0) :], skip_special_tokens=True))
     if encoder.native:  # a ChatGLM3 answer begins with a line of metadata: empty, or the name of a tool
         metadata, _, content = text.partition("\n")
         return text if metadata.strip() else content.lstrip(" ")

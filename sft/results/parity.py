@@ -86,7 +86,7 @@ def _prompts(encoder: ChatEncoder, conversations: Sequence[tuple[str, Conversati
     for place, (messages, tools, _) in conversations:
         for k in assistant_turns(messages):
             if k:  # a server is not asked without a message
-                history = [_with_objects(message) for message in messages[:k]] if encoder.native else messages[:k]
+                history = list(map(_with_objects, messages[:k])) if encoder.native else encoder.served(messages[:k])
                 yield _Prompt(place, k + 1, history, tools, encoder.encode_prompt(messages[:k], tools))
 
 

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sft.data.chat import CONTROL_AS_TEXT, HEADER_MERGED, PROMPT_PARTED, ChatEncoder
 from sft.data.conversation import Conversation
+from sft.data.message_forms import in_parts
 from sft.errors import FormatError, ModelError
-from tests.families import FAMILIES, build, template, trained
+from tests.families import FAMILIES, build, template, tokenizer_for, trained
 
 Q = {"role": "user", "content": "Hi."}
 A = {"role": "assistant", "content": "Hello."}
@@ -197,6 +198,108 @@ def test_qwen3_5_earlier_turns_part_from_a_prompt_that_ends_with_a_think_block()
     assert "<think>" not in chat.control.tokens  # though the template writes it around an answer
 
 
+def test_turn_that_nothing_ends_but_the_next_roles_marker_is_trained_to_write_it():
+    """GLM-4.5: the marker that follows carries loss, and stands behind the last answer, where the template has none."""
+    chat = ChatEncoder(tokenizer_for("glm4moe"))
+    calls = answer("", tool_calls=[call(arguments={"x": 1})])
+    call_text = "\n<think></think>\n<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
+    hello = "\n<think></think>\nHello."
+    assert supervised(chat, [Q, A, Q, calls, tool("2"), A]) == [
+        f"{hello}<|user|>",
+        f"{call_text}<|observation|>",
+        f"{hello}<|user|>",
+    ]
+    assert supervised(chat, [Q, calls]) == [f"{call_text}<|observation|>"]
+    assert supervised(chat, [Q, A, answer("Bye.")]) == [f"{hello}<|assistant|>", "\n<think></think>\nBye.<|user|>"]
+    own = chat.tokenizer.apply_chat_template([Q, A], return_dict=False)
+    assert list(chat.encode([Q, A]).input_ids) == [*own, chat.tokenizer.convert_tokens_to_ids("<|user|>")]
+    assert chat.encode_prompt([Q, A, Q])[:-1] == chat.tokenizer.apply_chat_template([Q, A, Q], return_dict=False)
+    names = chat.tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))
+    assert sorted(names) == ["<|assistant|>", "<|observation|>", "<|user|>"]
+
+
+def test_gpt_oss_answer_is_told_where_it_is_the_last_with_its_channels():
+    chat = ChatEncoder(tokenizer_for("gptoss"))
+    final = "<|channel|>final<|message|>Hello.<|return|>"
+    assert supervised(chat, [Q, A]) == [final]
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    assert supervised(chat, [Q, answer("Hello.", reasoning_content="Hm.")]) == [thought + final]
+    calls = answer("", tool_calls=[call(arguments={"x": 1})], reasoning_content="Hm.")
+    call_text = ' to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>'
+    assert supervised(chat, [Q, calls]) == [thought + call_text]
+    without_arguments = call_text.replace('"x": 1', "")
+    assert supervised(chat, [Q, answer("", tool_calls=[call()]), tool("2"), A]) == [without_arguments, final]
+    assert sorted(chat.tokenizer.convert_ids_to_tokens(sorted(chat.stop_ids))) == ["<|call|>", "<|return|>"]
+
+
+def test_gpt_oss_earlier_answer_is_refused_beside_the_last_since_nothing_stops_at_its_end():
+    chat = ChatEncoder(tokenizer_for("gptoss"))
+    with pytest.raises(FormatError, match=r"'<\|return\|>' after message 2 when .* set chat.examples: each_answer"):
+        chat.encode([Q, A, Q, A])
+    ids, ((start, stop),), _ = chat.encode([Q, A, Q, answer("Bye.")], last_only=True)
+    assert chat.tokenizer.decode(ids[start:stop]) == "<|channel|>final<|message|>Bye.<|return|>"
+    assert list(ids) == chat.tokenizer.apply_chat_template([Q, A, Q, answer("Bye.")], return_dict=False)
+
+
+def test_tool_call_whose_name_the_template_repeats_is_told():
+    """Gemma 4 stops at the marker before the result, in the middle of a turn, and goes on without a header."""
+    chat = ChatEncoder(tokenizer_for("gemma4"))
+    f = '<|tool_call>call:f{x:<|"|>a<|"|>,y:[1]}<tool_call|>'
+    one = call(arguments={"x": "a", "y": [1]})
+    first, second = supervised(chat, [Q, answer("", tool_calls=[one]), tool("2"), A])
+    assert (first, second) == (f"{f}<|tool_response>", "Hello.<turn|>")
+    two = answer("", tool_calls=[one, call("g")])
+    first, second = supervised(chat, [Q, two, tool("2"), tool("3"), A])
+    assert (first, second) == (f"{f}<|tool_call>call:g{{}}<tool_call|><|tool_response>", "Hello.<turn|>")
+
+
+def test_second_call_that_a_template_leaves_out_is_refused():
+    with pytest.raises(FormatError, match="does not write the tool calls of message 2"):
+        ChatEncoder(tokenizer_for("gptoss")).encode([Q, answer("", tool_calls=[call("get_x")] * 2), tool("2"), A])
+
+
+def test_content_of_a_call_that_a_template_writes_behind_the_result_is_refused():
+    chat = ChatEncoder(tokenizer_for("gemma4"))
+    with pytest.raises(FormatError, match=r"'<\|tool_response>' after message 2 when it is the last, else '<turn\|>'"):
+        chat.encode([Q, answer("Let me see.", tool_calls=[call()]), tool("2"), A])
+
+
+def test_line_break_before_the_next_roles_marker_is_trained_with_it():
+    chat = ChatEncoder(with_template(source("<|bot|>{{ m.content }}\n", rest="<|user|>{{ m.content }}\n")))
+    assert supervised(chat, [Q, A, Q, answer("Bye.")]) == ["Hello.\n<|user|>", "Bye.\n<|user|>"]
+
+
+def test_stop_token_that_a_template_leaves_out_after_the_last_answer_is_put_there():
+    text = source("<|bot|>{{ m.content }}{% if not loop.last %}</s>{% endif %}")
+    assert supervised(ChatEncoder(with_template(text)), [Q, A, Q, answer("Bye.")]) == ["Hello.</s>", "Bye.</s>"]
+
+
+def test_rows_under_a_template_without_stop_tokens_are_read_off_as_others_are():
+    chat = ChatEncoder(tokenizer_for("glm4moe"))
+    careful, encode = [], chat.encode
+    chat.encode = lambda *row: careful.append(row) or encode(*row)
+    results = chat.encode_batch([Conversation([Q, A, user(str(i)), answer("Bye.")]) for i in range(9)])
+    assert len(careful) == 2  # for the header and its stop ids, and to prove the shape
+    assert [chat.tokenizer.decode(r.input_ids[r.turns[1][1] - 1 :]) for r in results] == ["<|user|>"] * 9
+
+
+@pytest.mark.parametrize("added", [(), ("<think>", "</think>", "<tool_call>")])
+def test_turn_that_parts_from_its_prompt_within_a_tag_or_a_word_begins_before_it(added):
+    """GLM-4.7 and DeepSeek-V3.2 close a thought that their prompt opens; QwQ calls; Apriel's ends in words."""
+    begins = "{{ m.reasoning_content or '' }}{{ '</think>' if not m.tool_calls else '<tool_call>' }}{{ m.content }}"
+    chat = ChatEncoder(with_template(source(f"<|bot|>{begins}</s>", prompt="<|bot|><think>"), added=added))
+    assert supervised(chat, [Q, A]) == ["</think>Hello.</s>"]
+    ids, ((start, _),), _ = chat.encode([Q, A])
+    assert ids[:start] == chat.encode_prompt([Q])[:start]
+    named = begins + "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}"
+    chat = ChatEncoder(with_template(source(f"<|bot|>\n{named}</s>", prompt="<|bot|>\n<think>"), added=added))
+    assert [t.lstrip() for t in supervised(chat, [Q, answer("", tool_calls=[call()])])] == ["<tool_call>f</s>"]
+    chat = ChatEncoder(with_template(source(f"<|bot|> {begins}</s>", prompt="<|bot|> Here I think:\n"), added=added))
+    assert [t.lstrip() for t in supervised(chat, [Q, answer("Hello.", reasoning_content="Hm.")])] == [
+        "Hm.</think>Hello.</s>"
+    ]
+
+
 def test_template_that_trims_is_followed():
     assert supervised(encoder("llama3"), [user(" Hi. "), answer("\n\n Hello. \n")]) == ["Hello.<|eot_id|>"]
 
@@ -245,7 +348,8 @@ def source(answer_text, rest="<|user|>{{ m.content }}</s>", prompt="<|bot|>"):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (source("<|bot|>{{ m.content }}"), "no stop token after the answer"),
+        (source("<|bot|>{{ m.content }}", rest="{{ m.content }}</s>"), "no stop token after the answer"),
+        (source("<|bot|>{{ m.content }}<|no_token|>"), "no stop token after the answer"),
         (source("<|bot|>{{ m.content }}{{ m.content }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content | length }}</s>"), "exactly once"),
         (source("<|bot|>{{ m.content }}{% if m.content != 'Hello.' %}</s>{% endif %}"), "without '</s>'"),
@@ -333,7 +437,8 @@ def test_encode_prompt_gives_the_ids_of_the_templates_generation_prompt(name):
     for kind in ("bytes", "legacy"):
         chat = encoder(name, kind)
         for messages in ([Q], [Q, A, user("Why? ")]):
-            own = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            given = list(map(in_parts, messages)) if FAMILIES[name].in_parts else messages
+            own = chat.tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
             assert chat.encode_prompt(messages) == own
 
 

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
+from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation
 from sft.results.answers import answer_text, generation_mode, list_turns, without_thoughts
+from tests.families import tokenizer_for
 from tests.results.chatters import (
     CONVERSATIONS,
     RANDOM_MODELS,
@@ -43,6 +45,16 @@ def test_an_answer_has_no_stop_token_no_padding_and_no_chatglm3_metadata_line(tm
     ids = chatter.encoder.encode([user("Hello"), assistant("the pier")]).input_ids[start : stop - 1]
     assert tokenizer.decode(ids) != "the pier"
     assert answer_text(chatter.encoder, ids) == "the pier"
+
+
+def test_of_an_answer_in_channels_the_final_one_is_compared():
+    encoder = ChatEncoder(tokenizer_for("gptoss"))
+    written = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+    ids = encoder.tokenizer.encode(f"{written}The pier.", add_special_tokens=False)
+    assert answer_text(encoder, ids) == "The pier."
+    assert answer_text(encoder, ids[: -len(ids) // 2]).startswith("analysis")  # cut off before it got there
+    qwen = ChatEncoder(tokenizer_for("qwen3"))
+    assert answer_text(qwen, qwen.tokenizer.encode("<think>\n\n</think>\n\nAye.")) == "<think>\n\n</think>\n\nAye."
 
 
 def test_each_assistant_turn_is_asked_with_the_history_as_the_data_has_it(llama):

@@ -132,7 +132,7 @@ class ChatEncoder:
         located = locate_turns(self.render, messages, tools, self.control.pattern, answers)
         if located.unwritten_prompt:
             notes.append(PROMPT_PARTED)
-        spans = located.spans[-1 if last_only else 0 :]
+        spans = located.spans
         loss_starts = [start for start, _ in spans]
         if self._reasoning is not None:
             answers = assistant_turns(messages)[-len(spans) :]

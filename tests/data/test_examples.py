@@ -52,6 +52,11 @@ def tokenizer_of(name, kind="bytes"):
     return build(FAMILIES[name], kind)
 
 
+@functools.cache
+def encoder_of(name):
+    return ChatEncoder(tokenizer_of(name))
+
+
 def rows_of(name, count):
     if name == "hiding":
         words = ["### x", "(note)", "(note) a ### b", "plain", "a (note)", "#", "<think>", "好的 ###"]
@@ -66,22 +71,16 @@ def rows_of(name, count):
 
 
 # What a template writes after the stop token of a last answer.
-TAILS = {
-    "phi3": "\n<|endoftext|>",
-    "llama3": "",
-    "cohere": "",
-    "cohere2": "",
-    "deepseek_r1_distill": "",
-    "deepseekv3": "",
-}
+TAILS = {"phi3": "\n<|endoftext|>", "glm4moe": ""}
+REWRITING = {"qwen3", "hiding", "lfm2_2_5", "nemotron_3_nano", *OTHERS}
 
 
 def rewritten_by_oracle(name, messages, tools):
     """Whether the text of the conversation does not begin with that of each conversation that ends with an answer."""
     render = functools.partial(tokenizer_of(name).apply_chat_template, tools=tools, tokenize=False)
-    tail, text = TAILS.get(name, "\n"), render(messages)
-    ended = [render(messages[: k + 1]) for k in assistant_turns(messages)]
-    assert all(beginning.endswith(tail) for beginning in ended)
+    messages = encoder_of(name).served(messages)
+    text, ended = render(messages), [render(messages[: k + 1]) for k in assistant_turns(messages)]
+    tail = TAILS.get(name, "\n")
     return not all(text.startswith(beginning.removesuffix(tail)) for beginning in ended)
 
 
@@ -99,7 +98,7 @@ def test_rows_that_are_rewritten_are_those_of_the_oracle(name):
         if examples.is_rewritten != expected:
             assert isinstance(encoder.encode_batch([Conversation(messages, tools)])[0], FormatError), (messages, tools)
         assert examples.is_whole != examples.is_rewritten
-    assert (found > count / 5) == (name in {"qwen3", "hiding", *OTHERS})
+    assert (found > count / 5) == (name in REWRITING)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
@@ -122,11 +121,15 @@ def test_an_example_is_its_prompt_and_its_answer(name):
                 continue  # no server is asked for a second answer to one question
             start, stop = encoded.turns[-1]
             ids = list(encoded.input_ids)
-            assert encoder.encode_prompt(messages[:k], tools) == ids[:start]
+            # gpt-oss shows the reasoning before a call until the final answer is there, and then no more.
+            if name != "gptoss" or not any("tool_calls" in m and m.get("reasoning_content") for m in messages[:k]):
+                assert encoder.encode_prompt(messages[:k], tools) == ids[:start]
             if HEADER_MERGED not in encoded.notes:
-                assert ids == tokenizer_of(name).apply_chat_template(messages[: k + 1], tools=tools)["input_ids"]
+                served = encoder.served(messages[: k + 1])
+                rendered_ids = tokenizer_of(name).apply_chat_template(served, tools=tools)["input_ids"]
+                assert rendered_ids == (ids[:-1] if name == "glm4moe" else ids)  # the marker that ends it is ours
             seen += 1
-    assert (seen > 100) == (name not in ("deepseek_r1_distill", "deepseekv3")), (
+    assert (seen > 100) == (name not in ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano")), (
         "their prompts go beyond what is written"
     )
 

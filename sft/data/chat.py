@@ -216,11 +216,7 @@ class ChatEncoder:
         except FormatError:
             return None  # encoding says so
 
-    def history_depends_on_shape(self, conversation: Conversation) -> bool:
-        """Whether `rewrites_history` says the same of every conversation of this shape for which this holds."""
-        return not self.native and self._history.depends_on_shape(conversation.messages)
-
-    def rewrites_history(self, conversation: Conversation) -> bool:
+    def rewrites_history(self, conversation: Conversation, shape: Shape | None) -> bool:
         """Whether an answer, or what precedes it, is written otherwise once more messages follow."""
         if self.native:
             return False  # its answers are encoded alike; the next role's token ends one, or </s>
@@ -228,9 +224,9 @@ class ChatEncoder:
             messages, tools = self._fit(conversation.messages), conversation.tools
         except FormatError:
             return False  # encoding says so
-        if self.control.find(messages, tools):
+        if shape is None and self.control.find(messages, tools):
             messages, tools, _ = self.control.split_spelled(messages, tools)
-        return self._history.is_rewritten(Conversation(messages, tools))
+        return self._history.is_rewritten(Conversation(messages, tools), shape)
 
     def render_batch(
         self,

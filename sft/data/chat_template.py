@@ -51,11 +51,9 @@ class ChatTemplate:
         Raises: FormatError: the template refuses the conversation.
         """
         # As apply_chat_template does: keys that are None are dropped; reasoning goes by each of its names.
-        plain = [
-            {key: value for key, value in m.items() if value is not None} if None in m.values() else m
-            for m in self.served(messages)
-        ]
-        if any("reasoning_content" in m or "reasoning" in m or "thinking" in m for m in plain):
+        plain = self.served(messages)
+        if any(len(m) != 2 or m.get("content") is None for m in plain):  # else they are role and content alone
+            plain = [{key: value for key, value in m.items() if value is not None} for m in plain]
             plain = chat_template_utils._alias_reasoning_fields(plain)  # pinned: transformers
         try:
             template = self._compiled if tools is None else self._compiled_with_tools

@@ -15,13 +15,14 @@ from jinja2 import nodes
 from sft.data.answer_spans import locate_turns
 from sft.data.chat_template import ChatTemplate
 from sft.data.conversation import Conversation, Message, assistant_turns
+from sft.data.turn_reader import Shape
 from sft.errors import FormatError
 
 STRIPPING = {"strip", "lstrip", "rstrip", "trim"}
 
 
 class History:
-    """What a template makes of earlier answers."""
+    """What a template makes of earlier answers. Where roles alone decide, it is asked once for a shape."""
 
     def __init__(self, template: ChatTemplate, control: re.Pattern[str]):
         self._render, self._control = template.render, control
@@ -33,13 +34,25 @@ class History:
         used = {node.name for tree in template.parsed for node in tree.find_all(nodes.Filter)}
         used |= {node.attr for tree in template.parsed for node in tree.find_all(nodes.Getattr)}
         self._strips = bool(used & STRIPPING)
+        self._reads_content = bool(markers) or self._strips
+        self._known: dict[Shape, bool] = {}
         self._tails: dict[bool, str] = {}
 
-    def is_rewritten(self, conversation: Conversation) -> bool:
+    def is_rewritten(self, conversation: Conversation, shape: Shape | None) -> bool:
         """Whether the text up to the end of an answer is another one when the conversation ends there.
 
         False too for a conversation that the template refuses; encoding it says so.
         """
+        messages = conversation.messages
+        known = None if shape is None else self._known.get(shape)
+        if known is not None and not (self._reads_content and self._content_decides(messages)):
+            return known
+        found = self._ask(conversation)
+        if shape is not None and not self._content_decides(messages):
+            self._known[shape] = found
+        return found
+
+    def _ask(self, conversation: Conversation) -> bool:
         messages, tools, _ = conversation
         try:
             text = self._render(messages, tools)
@@ -60,15 +73,15 @@ class History:
             self._tails[calls] = text[located.spans[-1][1] :]
         return self._tails[calls]
 
-    def depends_on_shape(self, messages: list[Message]) -> bool:
-        """Whether the roles alone decide: there is nothing in the messages that the template may look for."""
+    def _content_decides(self, messages: list[Message]) -> bool:
+        """Whether the messages hold what the template may look for, or other keys than role and content."""
         for message in messages:
             content = message.get("content")
             if len(message) > 2 or not content or (self._prefix in content and self._markers.search(content)):
-                return False
+                return True
             if self._strips and (content[0].isspace() or content[-1].isspace()):
-                return False
-        return True
+                return True
+        return False
 
 
 def content_markers(templates: Iterable[nodes.Template]) -> set[str]:

@@ -4,7 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple, TypedDict, cast
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -92,13 +92,14 @@ class Tokeniser:
     ) -> tuple[list[TokenRow], Problem | None]:
         """encoded: what the encoder made of the examples, in a batch with others."""
         try:
+            sound: list[Encoded] = []
             for each, conversation in zip(encoded, examples.conversations, strict=True):
                 if isinstance(each, FormatError):
                     raise each
                 if not self._trained_turns(conversation, each):
                     raise FormatError("there is no assistant turn to train on")
-            sound = cast(Sequence[Encoded], encoded)
-            make = self._whole if examples.is_whole else self._each_answer
+                sound.append(each)
+            make = self._each_answer if examples.answers else self._whole
             return make(line, examples, sound)
         except FormatError as error:
             return [], Problem(line, CONTROL if isinstance(error, ControlTokenError) else UNREADABLE, str(error))
@@ -106,7 +107,7 @@ class Tokeniser:
     def _whole(
         self, line: int, examples: Examples, encoded: Sequence[Encoded]
     ) -> tuple[list[TokenRow], Problem | None]:
-        conversation, whole = examples.conversations[0], encoded[0]
+        conversation, whole = examples.conversation, encoded[0]
         trimmed = len(whole.input_ids) > self._max_length
         if trimmed:
             shorter = self._trimmed(conversation, whole) if self._trims else None
@@ -125,7 +126,7 @@ class Tokeniser:
         rows = [_token_row(line, e, e.turns[-1:]) for e in encoded if len(e.input_ids) <= self._max_length]
         if not rows:
             return [], self._overlong(line, min(lengths))
-        rows[0] = rows[0]._replace(untrained=len(examples.conversations[-1].untrained))
+        rows[0] = rows[0]._replace(untrained=len(examples.conversation.untrained))
         if len(rows) == len(encoded):
             return rows, None
         lost = f"{len(encoded) - len(rows):,} of its {len(encoded):,} answers end after more than dataset.max_length"
@@ -188,11 +189,7 @@ class FileTokeniser:
             waiting: list[tuple[int, Examples]] = []
             while True:
                 batch = _next_batch(stream)
-                conversations = [each for _, examples in batch for each in examples.conversations]
-                shapes = [each for _, examples in batch for each in examples.shapes]
-                whole = [examples.is_whole for _, examples in batch for _ in examples.conversations]
-                last_only = {i for i, is_whole in enumerate(whole) if not is_whole}
-                rendered = self._encoder.render_batch(conversations, shapes, last_only)
+                rendered = self._encoder.render_batch(*self._examples.flat(examples for _, examples in batch))
                 following = pool.submit(self._encoder.encode_rendered, rendered) if batch else None
                 if pending is not None:
                     yield self._to_arrow(waiting, pending.result())
@@ -231,20 +228,20 @@ class FileTokeniser:
         said: list[str] = []  # by the rows, once for each example
         begin = 0
         for line, examples in batch:
-            end = begin + len(examples.conversations)
+            end = begin + (len(examples.answers) or 1)
             made, problem = self._tokeniser.tokenise(line, examples, encoded[begin:end])
             begin = end
             if problem is not None:
                 self.problems.append(problem)
             if made:
                 rows += made
-                digest = hashlib.blake2b(digest_size=8)
-                for row in made:
+                digest = hashlib.blake2b(made[0].input_ids.data, digest_size=8)
+                for row in made[1:]:
                     digest.update(row.input_ids.data)
                 hashes += [digest.digest()] * len(made)
                 self._count(made, examples.is_rewritten)
                 if self._signatures:
-                    said += [text_of(examples.conversations[-1].messages)] * len(made)
+                    said += [text_of(examples.conversation.messages)] * len(made)
         if self._signatures:
             self._signatures.write(signatures(said).tobytes())
         lengths = [len(row.input_ids) for row in rows]
@@ -279,7 +276,7 @@ class FileTokeniser:
             self._notes[UNTRAINED] += untrained
         if is_rewritten:
             self._notes[REWRITTEN] += 1
-        for note in dict.fromkeys(note for row in made for note in row.notes):
+        for note in made[0].notes if len(made) == 1 else dict.fromkeys(note for row in made for note in row.notes):
             self._notes[note] += 1
 
 
@@ -288,10 +285,11 @@ def _next_batch(stream: Iterator[tuple[int, Examples]]) -> list[tuple[int, Examp
     count = characters = 0
     for item in stream:
         batch.append(item)
-        for conversation in item[1].conversations:
-            count += 1
-            for message in conversation.messages:
-                characters += len(message.get("content") or "")
+        examples = item[1]
+        times = len(examples.answers) or 1
+        count += times
+        for message in examples.conversation.messages:
+            characters += times * len(message.get("content") or "")
         if count >= BATCH or characters > BATCH_CHARACTERS:
             break
     return batch

@@ -249,7 +249,7 @@ def _reference_rows(
     for place, conversation in conversations.items():
         examples = maker.make(conversation)
         for messages, tools, _ in examples.conversations:
-            encoded = encoder.encode(messages, tools, last_only=not examples.is_whole)
+            encoded = encoder.encode(messages, tools, last_only=bool(examples.answers))
             numbers = assistant_turns(messages)[-len(encoded.turns) :]
             keys = [f"{place}#{number}" for number in numbers]
             yield list(encoded.input_ids), dict(zip(keys, encoded.turns, strict=True))

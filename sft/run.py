@@ -35,6 +35,7 @@ from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_di
 from sft.results.export import describe_run
 from sft.results.summary import run_summary
 from sft.training import check, parallel, resume, trainer
+from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal, Stopped, interrupted
 from sft.training.trainer import CompletionTrainer
 from sft.training.triton_probe import why_triton_fails
@@ -109,7 +110,7 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
     for sample in data.ledger["samples"]:
         say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
     say("\n" + check.stop_token_line(data, tokenizer))
-    line, fits = check.memory_line(recipe, meta_model, use_cpu(recipe))
+    line, fits = memory_line(recipe, meta_model, use_cpu(recipe), data.longest)
     say(line)
     say(_disk_line(recipe, meta_model, data))
     say("the recipe can be run" if fits else "the recipe may not fit; see the memory line")
@@ -133,6 +134,7 @@ def _begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_
     except OSError as error:
         raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
     write_json(recipe.output_dir / "training_config.json", description)
+    data.ledger["memory"] = kept_bytes(recipe, meta_model)
     write_json(recipe.output_dir / "data_ledger.json", data.ledger)
 
 

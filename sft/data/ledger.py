@@ -31,7 +31,8 @@ class Ledger(TypedDict, total=False):
     """What data_ledger.json holds.
 
     rows, packing: of each split. test_in_train, near_duplicates: rows of the test split that a training row equals, or
-    nearly equals. samples: rows with their masks as text.
+    nearly equals. samples: rows with their masks as text. memory: bytes that training keeps from step to step, of
+    weights, adapter, gradients and the optimizer's moments.
     """
 
     files: list[LedgerFile]
@@ -42,6 +43,7 @@ class Ledger(TypedDict, total=False):
     packing: dict[str, int]
     streamed: list[str]
     samples: list[dict[str, Any]]
+    memory: dict[str, int]
 
 
 NAMED = 20

@@ -36,7 +36,7 @@ from sft import processes
 from sft.model.machine import autocast_dtype, default_dtype
 from sft.model.source import first_line
 from sft.recipe import Recipe
-from sft.training.attention import SDPA
+from sft.training.attention import conversation_attention
 from sft.training.check import with_lora
 from sft.training.parallel import sharding
 from sft.training.triton_probe import why_triton_fails
@@ -48,7 +48,7 @@ ONE_MOMENT, NO_MOMENT = ("lion", "rmsprop", "adagrad"), ("sgd", "adafactor")
 
 # sdpa by is_causal alone: transformers cannot see of fake tensors that they need no mask, and would draw one.
 CAUSAL = "causal_without_mask"
-AttentionInterface.register(CAUSAL, SDPA)
+AttentionInterface.register(CAUSAL, conversation_attention)
 AttentionMaskInterface.register(CAUSAL, lambda **_: None)
 
 

@@ -37,6 +37,7 @@ from sft.results.parity import prove_parity
 from sft.results.summary import run_summary
 from sft.results.words import parity_line
 from sft.training import check, parallel, resume, trainer
+from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal, Stopped, interrupted
 from sft.training.trainer import CompletionTrainer
 from sft.training.triton_probe import why_triton_fails
@@ -111,7 +112,7 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
     for sample in data.ledger["samples"]:
         say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
     say("\n" + check.stop_token_line(data, tokenizer))
-    line, fits = check.memory_line(recipe, meta_model, use_cpu(recipe))
+    line, fits = memory_line(recipe, meta_model, use_cpu(recipe), data.longest)
     say(line)
     say(_disk_line(recipe, meta_model, data))
     say("the recipe can be run" if fits else "the recipe may not fit; see the memory line")
@@ -135,6 +136,7 @@ def _begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_
     except OSError as error:
         raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
     write_json(recipe.output_dir / "training_config.json", description)
+    data.ledger["memory"] = kept_bytes(recipe, meta_model)
     write_json(recipe.output_dir / "data_ledger.json", data.ledger)
 
 

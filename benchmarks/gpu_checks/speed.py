@@ -22,6 +22,7 @@ from sft.model.lora import add_lora
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
 from sft.training import check, trainer
+from sft.training.memory import estimate_memory
 
 LENGTHS = (2048, 8192) if ON_GPU else (512, 1024)
 STEPS = 5
@@ -120,7 +121,7 @@ def _labels(row: dict[str, Any]) -> list[int]:
 def _memory(recipe: Recipe, meta: Any, peak_bytes: int) -> Line:
     """What torch held at most during the steps against what --check says of them."""
     part = f"{recipe.dataset.max_length} tokens, memory"
-    parts = check.estimate_memory(recipe, meta, on_cpu=not ON_GPU)
+    parts = estimate_memory(recipe, meta, own_loss=not ON_GPU)
     estimate = sum(parts.values())
     if not ON_GPU:
         return not_here(part, f"only a GPU's memory is counted; --check says {estimate / 1e9:.2f} GB")

@@ -33,7 +33,8 @@ class Ledger(TypedDict, total=False):
 
     rows, examples, packing: of each split its conversations, what they give if not one each, and the packed rows.
     test_in_train, near_duplicates: rows of the test split that a training row equals, or nearly equals. samples:
-    examples with their masks as text.
+    examples with their masks as text. memory: bytes that training keeps from step to step, of weights, adapter,
+    gradients and the optimizer's moments.
     """
 
     files: list[LedgerFile]
@@ -45,6 +46,7 @@ class Ledger(TypedDict, total=False):
     packing: dict[str, int]
     streamed: list[str]
     samples: list[dict[str, Any]]
+    memory: dict[str, int]
 
 
 NAMED = 20

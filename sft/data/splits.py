@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.bad_rows import refuse_losses, refuse_problems
@@ -42,6 +43,12 @@ class Data:
     test_conversations: list[tuple[str, Conversation]] = field(default_factory=list)
     files: list[TokenFile] = field(default_factory=list)
     ledger: Ledger = field(default_factory=lambda: Ledger())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of all files."""
+        columns = [file.rows.data.column("input_ids") for file in self.files if len(file.rows)]
+        return max((pa.compute.max(pa.compute.list_value_length(ids)).as_py() for ids in columns), default=0)
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bool = False) -> Data:

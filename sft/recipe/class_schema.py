@@ -181,7 +181,10 @@ def _choices() -> dict[str, dict[str, Schema]]:
     def one_or_list(names: list[str]) -> Schema:
         return {"anyOf": [{"enum": names}, {"type": "array", "items": {"enum": names}}]}
 
-    attention = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+    own = [
+        name for name, function in ALL_ATTENTION_FUNCTIONS.items() if function.__module__.startswith("transformers.")
+    ]
+    attention = ["eager", *(name for name in own if "|" not in name)]  # and not what sft/training/attention.py adds
     inits = typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])[1]
     return {
         "training_args": {

@@ -1,4 +1,4 @@
-"""What can be told before training: the masks as a person sees them, and the memory a run will ask for."""
+"""What can be told before training: the masks as a person sees them, the stop token, the disk a run will ask for."""
 
 import copy
 import math
@@ -6,14 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.splits import Data
 from sft.errors import ModelError
-from sft.model.machine import autocast_dtype
 from sft.recipe import Recipe
 
 Pieces = list[tuple[str, bool]]  # (text, does it carry loss), in order
@@ -35,87 +32,6 @@ def render_pieces(pieces: Pieces, colour: bool) -> str:
     """For the terminal: green is trained on; without colour it stands between [[ and ]]."""
     on, off = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
     return "".join(f"{on}{text}{off}" if trained else text for text, trained in pieces)
-
-
-def estimate_memory(recipe: Recipe, model: PreTrainedModel, on_cpu: bool = False) -> dict[str, int]:
-    """Bytes of a training step by what they are for, from the model without weights. An estimate, not a bound.
-
-    Below, w is the bytes of a number of the model's dtype, c of one under autocast, and tokens a batch of rows of
-    max_length.
-
-    - weights: w each, and c more where autocast keeps a copy of weights that train for the length of a step. Of a
-      quantised model's linear layers, without biases and the head, 1 byte each in 8 bits. In 4 bits half a byte, and
-      for every 64 a scale of 4 bytes; with double quantisation of 1, and 4 for 256 such scales.
-    - gradients and optimizer: for each trained weight a gradient and AdamW's two moments in that weight's own dtype;
-      moments of 1 byte where `optim` says 8bit. LoRA weights come on top: float32, or bfloat16 beside a quantised
-      model, where trl casts them.
-    - activations: a layer keeps about c x (16 x hidden + 4 x intermediate) a token, and takes as much again when its
-      gradients are made. With activation checkpointing that is one layer at a time; of the others only the inputs are
-      kept, c x hidden a token. The largest 4-bit layer is unpacked beside them.
-    - logits: on a GPU trl makes them in tiles, 4096 tokens x 32768 entries at most. On a CPU they are made of the
-      tokens with a label, here half of all: c for the logits, and 4 bytes three times over for softmax and gradients.
-    """
-    args, config = recipe.training_args, model.config.get_text_config()
-    width, quantised = model.dtype.itemsize, recipe.quantization_config or {}
-    linear = [
-        module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
-    ]
-    total = sum(p.numel() for p in model.parameters())
-    autocast = autocast_dtype(recipe)
-    compute_width = min(autocast.itemsize, width) if autocast else width
-    copied = compute_width if recipe.trains_all_weights and compute_width < width else 0
-    weights, unpacked = total * (width + copied), 0
-    if quantised.get("load_in_4bit"):
-        scale = 1 + 4 / 256 if quantised.get("bnb_4bit_use_double_quant") else 4
-        weights, unpacked = int(sum(linear) * (0.5 + scale / 64)), max(linear, default=0) * width
-    elif quantised.get("load_in_8bit"):
-        weights = sum(linear)
-    if quantised:
-        weights += (total - sum(linear)) * width
-
-    trained, lora = trained_weights(recipe, model), not recipe.trains_all_weights
-    each = (2 if quantised else 4) if lora else width
-    moments = 2 if "8bit" in str(args.get("optim", "")) else 2 * each
-    train = trained * (each + moments + (each if lora else 0))
-
-    tokens = int(args.get("per_device_train_batch_size", 8)) * recipe.dataset.max_length
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    layer = tokens * compute_width * (16 * hidden + 4 * getattr(config, "intermediate_size", 4 * hidden))
-    checkpointed = args.get("activation_checkpointing", True)
-    activations = tokens * compute_width * hidden * layers + 2 * layer if checkpointed else layer * (layers + 1)
-
-    tile = min(tokens // 2, 4096) * min(config.vocab_size, 32768) * compute_width
-    logits = tokens // 2 * config.vocab_size * (compute_width + 12) if on_cpu else tile
-    return {
-        "weights": weights,
-        "gradients and optimizer": train,
-        "activations": activations + unpacked,
-        "logits": logits,
-    }
-
-
-def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool) -> tuple[str, bool]:
-    """The estimate against what the machine has, with what to change; whether it fits."""
-    parts = estimate_memory(recipe, model, on_cpu)
-    need = sum(parts.values())
-    shared = on_cpu or not torch.cuda.is_available()  # Apple's GPUs use the machine's own memory
-    free = psutil.virtual_memory().available if shared else torch.cuda.mem_get_info()[0]
-    where = "memory" if on_cpu else "GPU memory"
-    detail = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    line = f"{where}: about {need / 1e9:.1f} GB needed ({detail}), {free / 1e9:.1f} GB free"
-    if need <= free:
-        return line, True
-    args, advice = recipe.training_args, []
-    if not args.get("activation_checkpointing", True):
-        advice.append("training_args.activation_checkpointing: true")
-    if int(args.get("per_device_train_batch_size", 8)) > 1:
-        advice.append("training_args.per_device_train_batch_size: 1 (and gradient_accumulation_steps up)")
-    if not recipe.quantization_config:
-        advice.append("quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4} with lora_config")
-    advice.append(f"dataset.max_length below {recipe.dataset.max_length}")
-    return f"{line}\nit does not fit; what helps: {'; '.join(advice)}", False
 
 
 def stop_token_line(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:

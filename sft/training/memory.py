@@ -1,0 +1,290 @@
+"""The memory that a run will ask for, found by doing a training step on tensors that have sizes but no contents.
+
+Model, forward and backward are the real ones on torch's fake tensors, and all storages that are alive are counted: so
+the activations of any architecture, the copies that autocast makes and gradients in the making are in. What the step
+on a GPU does otherwise is computed: quantised weights, trl's fused loss and the optimizer.
+
+Measured on a CPU: what a process held at most in two steps above what it held before (`python benchmarks/memory.py`; 8
+layers, hidden 512, vocabulary 32,000, 4 rows of 512 tokens), beside this estimate and the formula that was here before
+it (bytes a token of each layer by hidden and intermediate size); MB:
+
+    case                                  measured   estimate      formula
+    LoRA, packed                               534   510 -5 %   693 +30 %
+    LoRA, padded                               532   513 -3 %   693 +30 %
+    LoRA, padded, without checkpointing        965   931 -4 %  1088 +13 %
+    LoRA, packed, vocabulary of 151,936       2120  2107 -1 %  2536 +20 %
+    full fine-tuning, packed                   973   956 -2 %  1322 +36 %
+"""
+
+import copy
+import inspect
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from sft import processes
+from sft.model.machine import autocast_dtype, default_dtype
+from sft.model.source import first_line
+from sft.recipe import Recipe
+from sft.training.attention import conversation_attention
+from sft.training.check import with_lora
+from sft.training.parallel import sharding
+from sft.training.triton_probe import why_triton_fails
+
+# Tokens, and entries of the vocabulary, of which trl 1.16 makes logits at a time (trl/kernels/chunked_logprob.py).
+TILE = (4096, 32768)
+ONE_MOMENT, NO_MOMENT = ("lion", "rmsprop", "adagrad"), ("sgd", "adafactor")
+
+
+# sdpa by is_causal alone: transformers cannot see of fake tensors that they need no mask, and would draw one.
+CAUSAL = "causal_without_mask"
+AttentionInterface.register(CAUSAL, conversation_attention)
+AttentionMaskInterface.register(CAUSAL, lambda **_: None)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive among those made while it is open, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def estimate_memory(recipe: Recipe, model: PreTrainedModel, own_loss: bool) -> dict[str, int]:
+    """Bytes at the peak of a training step by what they are for; rows are of max_length, half of their tokens labelled.
+
+    Of a sharded run (FSDP, DeepSpeed): what one process would hold that had everything.
+
+    Args:
+        model: without weights.
+        own_loss: the loss is that of sft/training/trainer.py, as on a CPU, and not trl's fused one.
+    Raises: RecipeError: peft refuses lora_config. RuntimeError and others: the model's code asks for contents.
+    """
+    parts = kept_bytes(recipe, model)
+    if processes.count() > 1 and sharding(recipe) is None:
+        parts["DDP buckets"] = parts["gradients"]
+    step = _step_bytes(recipe, _as_trained(recipe, model), own_loss) - parts["gradients"]
+    parts["activations and logits"] = step + _mask_bytes(recipe, model) + _unpacked_bytes(recipe, model)
+    return parts
+
+
+def kept_bytes(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
+    """Bytes that stay from step to step: weights, the adapter beside them, gradients, the optimizer's moments."""
+    trained = [p for p in _as_trained(recipe, model).parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trained)
+    adapter = {} if recipe.trains_all_weights else {"adapter": gradients}
+    moments = _moment_bytes(recipe, trained)
+    return {"weights": _weight_bytes(recipe, model), **adapter, "gradients": gradients, "moments": moments}
+
+
+def _as_trained(recipe: Recipe, model: PreTrainedModel) -> Any:
+    """A copy of the model with the weights that train, in the dtypes that sft/training/trainer.py gives them."""
+    made = copy.deepcopy(model) if recipe.trains_all_weights else with_lora(recipe, model)
+    for parameter in made.parameters():
+        if parameter.requires_grad and autocast_dtype(recipe) is torch.float16:
+            parameter.data = parameter.data.float()
+        elif parameter.requires_grad and recipe.quantization_config:
+            parameter.data = parameter.data.bfloat16()
+    return made
+
+
+def _bits(recipe: Recipe) -> int | None:
+    quantised = recipe.quantization_config or {}
+    return 4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
+
+
+def _linear_sizes(model: PreTrainedModel) -> list[int]:
+    """Weights of each linear layer that bitsandbytes quantises: all but the head, without biases."""
+    head = model.get_output_embeddings()
+    return [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def _weight_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """In 4 bits half a byte each, and for every 64 a scale of 4 bytes; with double quantisation of 1, and 4 for 256."""
+    total, linear, bits = sum(p.numel() for p in model.parameters()), sum(_linear_sizes(model)), _bits(recipe)
+    if bits is None:
+        return total * model.dtype.itemsize
+    scale = 1 + 4 / 256 if (recipe.quantization_config or {}).get("bnb_4bit_use_double_quant") else 4
+    return int(linear * (0.5 + scale / 64 if bits == 4 else 1)) + (total - linear) * model.dtype.itemsize
+
+
+def _unpacked_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """The largest layer of 4 bits, for as long as it computes."""
+    return max(_linear_sizes(model), default=0) * model.dtype.itemsize if _bits(recipe) == 4 else 0
+
+
+def _moment_bytes(recipe: Recipe, trained: list[torch.nn.Parameter]) -> int:
+    """AdamW's two moments in each weight's own dtype; in float32 or of 1 byte where bitsandbytes keeps them."""
+    optim = str(recipe.training_args.get("optim", ""))
+    count = 0 if optim.startswith(NO_MOMENT) else 1 if any(name in optim for name in ONE_MOMENT) else 2
+    width = 1 if "8bit" in optim else 4 if "32bit" in optim else None
+    return sum(count * (p.numel() * width if width else p.nbytes) for p in trained)
+
+
+def _mask_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """Of padded rows: a mask of (rows, tokens, tokens), and sdpa's copy in each layer whose activations are kept."""
+    args, length = recipe.training_args, recipe.dataset.max_length
+    rows = int(args.get("per_device_train_batch_size", 8))
+    attention = recipe.model_init.get("attn_implementation", "sdpa")
+    if recipe.dataset.packing or rows == 1 or attention != "sdpa":
+        return 0
+    copies = 1 if args.get("activation_checkpointing", True) else model.config.get_text_config().num_hidden_layers
+    width = (autocast_dtype(recipe) or model.dtype).itemsize
+    return rows * length**2 * (1 + copies * width)
+
+
+# ---------------------------------------------------------------------------------------------------- without contents
+
+
+@contextmanager
+def _without_contents(model: Any) -> Iterator[LiveBytes]:
+    """The model on fake tensors of the CPU; counted is what is made beside its weights."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the trace of what it also raises
+    log.disabled = True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
+            model.to_empty(device="cpu")
+            _whole(model).tie_weights()
+            if _whole(model).config._attn_implementation == "sdpa":
+                _whole(model).set_attn_implementation(CAUSAL)
+            memory.live = memory.peak = 0
+            yield memory
+    finally:
+        log.disabled = False
+
+
+def _whole(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _keep(model: Any, count: int) -> dict[str, Any]:
+    """The argument by which only so many positions are projected to the vocabulary, where the model's class has it."""
+    takes = "logits_to_keep" in inspect.signature(type(_whole(model)).forward).parameters
+    return {"logits_to_keep": torch.arange(count)} if takes else {}
+
+
+def _step_bytes(recipe: Recipe, model: Any, own_loss: bool) -> int:
+    """Forward and backward of a batch: the peak of what is made beside the weights, gradients included."""
+    args, autocast = recipe.training_args, autocast_dtype(recipe)
+    rows, length = int(args.get("per_device_train_batch_size", 8)), recipe.dataset.max_length
+    if recipe.dataset.packing:
+        rows, length = 1, rows * length
+    model.train()
+    if args.get("activation_checkpointing", True):
+        _whole(model).activation_checkpointing_enable({"use_reentrant": False})
+    if not recipe.trains_all_weights:
+        model.enable_input_require_grads()
+    with _without_contents(model) as memory:
+        if int(args.get("gradient_accumulation_steps", 1)) > 1:  # a batch finds the gradients of the one before
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            keep = _keep(model, max(1, length // 2) if own_loss else 1)
+            logits = model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False, **keep).logits
+        loss = cross_entropy(logits.float().flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
+        if not own_loss:
+            torch.empty(_fused_loss_bytes(model, rows * length // 2, autocast), dtype=torch.uint8)
+        del logits
+        loss.backward()
+        return memory.peak
+
+
+def _fused_loss_bytes(model: Any, labels: int, autocast: torch.dtype | None) -> int:
+    """A tile of logits, the weights for it, and float32 gradients of the hidden states and of a head that trains."""
+    weight = _whole(model).get_output_embeddings().weight
+    vocabulary, hidden = weight.shape
+    width = (autocast or weight.dtype).itemsize
+    tokens, entries = min(labels, TILE[0]), min(vocabulary, TILE[1])
+    head = weight.numel() * 4 if weight.requires_grad and weight.dtype is not torch.float32 else 0
+    return (tokens + hidden) * entries * width + labels * hidden * 4 + head
+
+
+def scoring_bytes(recipe: Recipe, model: PreTrainedModel, longest: int) -> int:
+    """Bytes while answers are generated after training, for a batch whose longest prompt has so many tokens.
+
+    The optimizer is gone by then; in full fine-tuning the base is beside the tuned model.
+    """
+    trained_model, options = _as_trained(recipe, model), recipe.evaluation
+    weights = _weight_bytes(recipe, model) + sum(p.nbytes for p in trained_model.parameters() if p.requires_grad)
+    if recipe.trains_all_weights:
+        trained_model.to(default_dtype(recipe, training=False))
+        weights = 2 * sum(p.nbytes for p in trained_model.parameters())
+    length = longest + int(options.generation.get("max_new_tokens", 0))
+    trained_model.eval()
+    with _without_contents(trained_model) as memory, torch.no_grad():
+        ids = torch.zeros(options.batch_size, length, dtype=torch.long)
+        trained_model(input_ids=ids, use_cache=True, **_keep(trained_model, 1))
+        return weights + memory.peak + _unpacked_bytes(recipe, model)
+
+
+# ------------------------------------------------------------------------------------------------------- the terminal
+
+
+def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, longest: int) -> tuple[str, bool]:
+    """The estimate against what the machine has, with what to change; whether it fits.
+
+    Args: longest: tokens of the longest row, of which a prompt of the test split may be.
+    """
+    shared = on_cpu or not torch.cuda.is_available()  # Apple's GPUs use the machine's own memory
+    where = "memory" if on_cpu else "GPU memory"
+    free = psutil.virtual_memory().available if shared else torch.cuda.mem_get_info()[0]
+    parts, scoring, unknown = kept_bytes(recipe, model), 0, ""
+    try:
+        parts = estimate_memory(recipe, model, own_loss=shared or why_triton_fails() is not None)
+        scoring = scoring_bytes(recipe, model, longest) if recipe.dataset.test is not None else 0
+    except Exception as error:  # whatever the code of a model's class says when it is given no contents
+        unknown = (
+            f", and activations, which cannot be told: {type(model).__name__} needs contents ({first_line(error)})"
+        )
+    need = max(sum(parts.values()), scoring)
+    detail = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    detail += f"; while scoring {scoring / 1e9:.1f}" if scoring else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    line = f"{where}: about {need / 1e9:.1f} GB needed ({dtype} {detail}){unknown}, {free / 1e9:.1f} GB free"
+    if need <= free:
+        return line, True
+    return f"{line}\nit does not fit; what helps: {_what_helps(recipe, scoring=need > sum(parts.values()))}", False
+
+
+def _what_helps(recipe: Recipe, scoring: bool) -> str:
+    args, advice = recipe.training_args, []
+    if scoring:
+        return f"evaluation.batch_size below {recipe.evaluation.batch_size}"
+    if not args.get("activation_checkpointing", True):
+        advice.append("training_args.activation_checkpointing: true")
+    if int(args.get("per_device_train_batch_size", 8)) > 1:
+        advice.append("training_args.per_device_train_batch_size: 1 (and gradient_accumulation_steps up)")
+    if not recipe.quantization_config:
+        advice.append("quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: nf4} with lora_config")
+    advice.append(f"dataset.max_length below {recipe.dataset.max_length}")
+    return "; ".join(advice)

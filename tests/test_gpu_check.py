@@ -18,7 +18,7 @@ from benchmarks.gpu_checks.answers import answers
 from benchmarks.gpu_checks.line import Line
 from benchmarks.gpu_checks.models import recipe_for, small_qwen
 from sft.model.load import meta_model
-from sft.training import check
+from sft.training.memory import estimate_memory
 from sft.training.trainer import CompletionTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def test_memory_that_the_estimate_misses_by_more_than_15_percent_fails(tmp_path,
     monkeypatch.setattr(speed, "ON_GPU", True)
     recipe = recipe_for(small_qwen(tmp_path))
     meta = meta_model(recipe)
-    estimate = sum(check.estimate_memory(recipe, meta).values())
+    estimate = sum(estimate_memory(recipe, meta, own_loss=False).values())
     assert speed._memory(recipe, meta, round(estimate / factor)).outcome == outcome
 
 

@@ -247,6 +247,9 @@ def test_full_fine_tuning_writes_a_model_in_the_bases_dtype_or_the_named_and_sco
     assert run_sft.main(arguments) == 0
     weights = load_file(tmp_path / "out/final_model/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {saved}
+    held = 4 * sum(tensor.numel() for tensor in weights.values())  # float32, named or not
+    ledger = json.loads((tmp_path / "out/data_ledger.json").read_text(encoding="utf-8"))
+    assert ledger["memory"] == {"weights": held, "gradients": held, "moments": 2 * held}
     assert not (tmp_path / "out/lora_adapter").exists()
     assert set(json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))) >= {"base", "tuned"}
 

@@ -33,7 +33,8 @@ def refuse_problems(files: Iterable[tuple[str, list[Problem]]], recipe: Recipe) 
             lines.append(f"... and {len(refused) - SHOWN:,} more")
         policies = sorted({POLICIES[problem.kind] for _, problem in refused})
         advice = "; or set ".join(f"{key}: {choices}" for key, choices in policies)
-        raise DataError("\n".join([*lines, f"mend the {len(refused):,} rows; or set {advice}"]))
+        rows = "the row" if len(refused) == 1 else f"the {len(refused):,} rows"
+        raise DataError("\n".join([*lines, f"mend {rows}; or set {advice}"]))
 
 
 def refuse_losses(split: str, files: list[TokenFile], recipe: Recipe) -> None:

@@ -23,18 +23,18 @@ def train(recipe: Recipe, check: bool) -> int:
         return run.report_check(recipe, tokenizer, data, meta_model)
     description = run.describe_run(recipe, data.ledger)
     checkpoint = run.find_checkpoint(recipe, description)
-    run.begin_output(recipe, description, data, meta_model)
-    model = run.add_lora(run.load_for_training(recipe), recipe)
-    clock.lap("load")
-    trainer = run.train(recipe, model, tokenizer, data, checkpoint)
-    del model  # the trainer's now, which lets go of it where scoring reads it again
-    clock.lap("train")
-    run.save(recipe, trainer, tokenizer, data.encoder)
-    run.check_parity(recipe, description, data)
-    clock.lap("export")
-    run.score(recipe, data, trainer)
-    clock.lap("score")
-    run.finish(recipe, description, clock)
+    with run.output(recipe, description, data, meta_model):
+        model = run.add_lora(run.load_for_training(recipe), recipe)
+        clock.lap("load")
+        trainer = run.train(recipe, model, tokenizer, data, checkpoint)
+        del model  # the trainer's now, which lets go of it where scoring reads it again
+        clock.lap("train")
+        run.save(recipe, trainer, tokenizer, data.encoder)
+        run.check_parity(recipe, description, data)
+        clock.lap("export")
+        run.score(recipe, data, trainer)
+        clock.lap("score")
+        run.finish(recipe, description, clock)
     return 0
 
 

@@ -59,11 +59,13 @@ def json_line(value: Any) -> str:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` at the end; until then an older one stays as it was.
 
-    What a killed run left beside it is removed, so no two processes may write the same folder at once.
+    What a killed run left beside it is removed, so no two processes may write the same folder at once; the older folder
+    is put back where it was killed between the two moves at the end.
 
     Raises: OSError: it cannot be written; the caller knows what the user can do about it.
     """
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    _put_back(old, folder)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -73,5 +75,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(partial, folder)
     finally:
+        _put_back(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)

@@ -14,6 +14,7 @@ import datasets
 import psutil
 import torch
 import transformers
+from filelock import BaseFileLock, FileLock, Timeout
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -124,17 +125,38 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
     return processes.decide(lambda: resume.find_checkpoint(recipe, description))
 
 
-def begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> None:
-    """Makes output_dir and writes what the run is. Raises: UserError: it cannot be written."""
-    processes.decide(lambda: _begin_output(recipe, description, data, meta_model))
+@contextmanager
+def output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> Iterator[None]:
+    """Makes output_dir, writes what the run is, and keeps every other run out while it is open.
+
+    Raises: UserError: it cannot be written, or another run is writing there.
+    """
+    lock = FileLock(recipe.output_dir / ".lock")  # the system lets go of it when a run is killed
+    processes.decide(lambda: _begin_output(recipe, description, data, meta_model, lock))
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _begin_output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> None:
+def _begin_output(
+    recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel, lock: BaseFileLock
+) -> None:
     say(_disk_line(recipe, meta_model, data))
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise recipe.error(
+            "output_dir", f"another run is writing to {recipe.output_dir}; wait until it ends, or name another folder"
+        ) from None
+    except OSError as error:
+        raise recipe.error("output_dir", f"{recipe.output_dir} cannot be written: {error.strerror}") from None
     write_json(recipe.output_dir / "training_config.json", description)
     data.ledger["memory"] = kept_bytes(recipe, meta_model)
     write_json(recipe.output_dir / "data_ledger.json", data.ledger)

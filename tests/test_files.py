@@ -18,6 +18,15 @@ def test_text_is_utf8_with_line_feeds_and_nothing_stays_beside_it(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
+def test_a_folder_whose_run_was_killed_between_the_two_moves_is_put_back(tmp_path):
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old" / "weights").write_text("old", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "model"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "model" / "weights").read_text(encoding="utf-8") == "old"
+    assert names(tmp_path) == ["model"]
+
+
 def test_json_is_readable_and_takes_what_json_does_not_know_as_text(tmp_path):
     write_json(tmp_path / "a.json", {"é": [1, date(2024, 2, 29)]})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "é": [\n    1,\n    "2024-02-29"\n  ]\n}\n'

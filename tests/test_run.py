@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -162,6 +163,16 @@ def test_checkpoint_of_another_recipe_is_not_resumed(qlora_run, capfd):
     _, arguments = qlora_run
     assert run_sft.main([*arguments, "training_args.learning_rate=1e-3"]) == 2
     assert "training_args.learning_rate: 0.0002 then, 0.001 now" in capfd.readouterr().err
+
+
+def test_a_second_run_in_the_same_output_dir_is_refused_and_leaves_the_first_alone(qlora_run, capfd):
+    output, arguments = qlora_run
+    before = digest(output / "lora_adapter")
+    with FileLock(output / ".lock"):  # as a run holds it
+        assert run_sft.main(arguments) == 2
+    assert f"another run is writing to {output}; wait until it ends" in capfd.readouterr().err
+    (output / ".lock").unlink(missing_ok=True)
+    assert digest(output / "lora_adapter") == before
 
 
 def test_false_resume_refuses_an_output_dir_that_is_not_empty(qlora_run, capfd):

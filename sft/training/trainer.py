@@ -22,12 +22,14 @@ from trl import SFTConfig, SFTTrainer
 from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
+from sft.errors import UserError
 from sft.model.lora import require_trainable
 from sft.model.machine import autocast_dtype, use_cpu
 from sft.model.source import first_line
 from sft.recipe import Recipe
 from sft.training import parallel
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
+from sft.training.resume import checkpoints
 from sft.training.triton_probe import why_triton_fails
 
 # report_to: the module that each of them needs. tensorboard and the others are optional installs.
@@ -146,6 +148,28 @@ class CompletionTrainer(SFTTrainer):
             else:
                 labels[own:] = -100
         return batch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise self._diverged(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        trained = (weight.detach() for weight in model.parameters() if weight.requires_grad)
+        own = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in trained)  # of FSDP: a part
+        if processes.highest(int(not all(torch.isfinite(weight).all() for weight in own))):
+            raise self._diverged(f"weights are no numbers any more after step {self.state.global_step}")
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _diverged(self, found: str) -> UserError:
+        kept = checkpoints(Path(str(self.args.output_dir)))
+        where = f"{kept[-1]} is from before it" if kept else "no checkpoint was saved before it"
+        return UserError(
+            f"{found}; {where}\nlower training_args.learning_rate or max_grad_norm, train in bfloat16 and not in "
+            "float16, and look at the rows with --check"
+        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with attention_per_conversation(self.model):

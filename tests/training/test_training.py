@@ -174,6 +174,35 @@ def test_the_validation_loss_is_of_all_its_tokens_whatever_the_batch(recipe):
     assert abs(losses[0] - losses[1]) < 1e-5 and abs(losses[0] - losses[2]) < 1e-5
 
 
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(recipe):
+    made = recipe(
+        "training_args.max_steps=5",
+        "training_args.learning_rate=1e15",
+        "training_args.optim=sgd",
+        "training_args.max_grad_norm=0",
+    )
+    trainer = make_trainer(made, load_model(made), load_tokenizer(made), Data(None, token_rows()))
+    good = made.output_dir / "checkpoint-1"
+    good.mkdir(parents=True)
+    (good / "trainer_state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) in step [2-5]; .*checkpoint-1 is from before it"):
+        trainer.train()
+
+
+def test_weights_that_are_no_numbers_are_never_saved_as_a_checkpoint(recipe):
+    made = recipe("training_args.max_steps=1", "training_args.save_strategy=steps", "training_args.save_steps=1")
+    model = load_model(made)
+
+    class Overflow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            next(model.parameters()).data.view(-1)[0] = float("inf")
+
+    trainer = make_trainer(made, model, load_tokenizer(made), Data(None, token_rows()), [Overflow()])
+    with pytest.raises(UserError, match="weights are no numbers any more after step 1; no checkpoint was saved before"):
+        trainer.train()
+    assert not list(made.output_dir.glob("checkpoint-*"))
+
+
 def test_the_optimizer_is_let_go_of_after_training_and_the_model_where_it_is_read_again(recipe):
     made = recipe("lora_config={r: 4, target_modules: [q_proj]}")
     trainer = make_trainer(made, add_lora(load_model(made), made), load_tokenizer(made), Data(None, token_rows()))

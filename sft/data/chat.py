@@ -135,7 +135,6 @@ class ChatEncoder:
         spans = located.spans
         loss_starts = [start for start, _ in spans]
         if self._reasoning is not None:
-            answers = assistant_turns(messages)[-len(spans) :]
             asked = zip(answers, spans, strict=True)
             loss_starts = [self._reasoning.end(Conversation(messages, tools), k, located.text, s) for k, s in asked]
         ids, turns, header_merged = self._tokens_of(located.text, spans, loss_starts, rust)
@@ -275,12 +274,18 @@ class ChatEncoder:
         return [results[i] for i in range(len(rendered.conversations))]
 
     def _encode_or_error(self, rendered: Rendered, i: int) -> Encoded | FormatError:
+        """Where only its last answer counts, others are left alone if they cannot be told, or merge with a header."""
+        messages, tools, _ = rendered.conversations[i]
+        only_last = i in rendered.last_only
         try:
-            messages, tools, _ = rendered.conversations[i]
             encoded = self.encode(messages, tools)
-            if i in rendered.last_only and HEADER_MERGED in encoded.notes:
-                return self.encode(messages, tools, last_only=True)
-            return encoded
+            if not only_last or HEADER_MERGED not in encoded.notes:
+                return encoded
+        except FormatError as error:
+            if not only_last:
+                return error
+        try:
+            return self.encode(messages, tools, last_only=True)
         except FormatError as error:
             return error
 

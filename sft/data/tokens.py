@@ -93,11 +93,9 @@ class Tokeniser:
         """encoded: what the encoder made of the examples, in a batch with others."""
         try:
             sound: list[Encoded] = []
-            for each, conversation in zip(encoded, examples.conversations, strict=True):
+            for each in encoded:
                 if isinstance(each, FormatError):
                     raise each
-                if not self._trained_turns(conversation, each):
-                    raise FormatError("there is no assistant turn to train on")
                 sound.append(each)
             make = self._each_answer if examples.answers else self._whole
             return make(line, examples, sound)
@@ -108,15 +106,19 @@ class Tokeniser:
         self, line: int, examples: Examples, encoded: Sequence[Encoded]
     ) -> tuple[list[TokenRow], Problem | None]:
         conversation, whole = examples.conversation, encoded[0]
+        turns = self._trained_turns(conversation, whole)
+        if not turns:
+            raise FormatError("there is no assistant turn to train on")
         trimmed = len(whole.input_ids) > self._max_length
         if trimmed:
             shorter = self._trimmed(conversation, whole) if self._trims else None
-            if shorter is None or not self._trained_turns(conversation, shorter):
+            turns = [] if shorter is None else self._trained_turns(conversation, shorter)
+            if shorter is None or not turns:
                 return [], self._overlong(line, len(whole.input_ids))
             whole = shorter
         answers = assistant_turns(conversation.messages)[: len(whole.turns)] if conversation.untrained else []
         untrained = len(conversation.untrained.intersection(answers))
-        return [_token_row(line, whole, self._trained_turns(conversation, whole), trimmed, untrained)], None
+        return [_token_row(line, whole, turns, trimmed, untrained)], None
 
     def _each_answer(
         self, line: int, examples: Examples, encoded: Sequence[Encoded]

@@ -1,6 +1,6 @@
 """What a training step really holds at most beside what `--check` says of it, on the CPU; Linux only.
 
-    python benchmarks/memory.py [--folder /tmp/memory]
+    python benchmarks/memory.py [--folder FOLDER]
 
 Each case is trained for two steps in a process of its own. Measured is the most memory that it held during them (VmHWM
 of /proc/self/status) above what it held before it loaded the model; a very small model is trained before that, since

@@ -145,10 +145,7 @@ def _begin_output(
     recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel, lock: BaseFileLock
 ) -> None:
     say(_disk_line(recipe, meta_model, data))
-    try:
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
+    export.make_output_dir(recipe)
     try:
         lock.acquire(timeout=0)
     except Timeout:

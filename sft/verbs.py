@@ -22,10 +22,7 @@ def score_again(recipe: Recipe) -> int:
     tokenizer = load_tokenizer(recipe)
     check_machine(recipe)
     data = processes.agree(lambda: prepare(recipe, tokenizer, scoring_only=True))
-    try:
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
+    export.make_output_dir(recipe)
     models = models_on_disk(recipe)
     if len(models) == 1:
         say(f"{recipe.output_dir} holds no run: scoring {recipe.model_name_or_path} alone")

@@ -1,6 +1,8 @@
 """LoRA: put on a model, or taken up from an adapter."""
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -58,6 +60,16 @@ def _lora_is_float32(recipe: Recipe) -> bool:
     trl casts them later.
     """
     return bool(recipe.quantization_config) or not is_deepspeed_zero3_enabled()
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside peft's wrapper; the model itself where it has none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Whether the model's class can project chosen positions only to the vocabulary."""
+    return "logits_to_keep" in inspect.signature(type(base_of(model)).forward).parameters
 
 
 def require_trainable(model: PreTrainedModel | PeftModel) -> None:

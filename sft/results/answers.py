@@ -17,6 +17,7 @@ from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation, assistant_turns
 from sft.errors import UserError
 from sft.files import json_line, write_json_lines
+from sft.model.lora import base_of
 from sft.recipe import Recipe
 
 CausalLM = PreTrainedModel | PeftModel
@@ -159,7 +160,7 @@ def generation_mode(model: CausalLM, adapter_on: bool) -> Iterator[None]:
 
     Gradient checkpointing stays as it is: in eval mode no layer does it.
     """
-    inner = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    inner = cast(PreTrainedModel, base_of(model))
     adapter = model.disable_adapter() if isinstance(model, PeftModel) and not adapter_on else nullcontext()
     training, defaults = model.training, inner.generation_config
     inner.generation_config = GenerationConfig()  # generate() would fill what ours leaves open with these
@@ -191,10 +192,8 @@ def generate_answers(
     """Generates what `answers` does not hold yet: batches of like length, left-padded, the longest first."""
     waiting = sorted((t for t in turns if (name, t.key) not in answers.entries), key=lambda t: -len(t.prompt))
     stops = set(config.eos_token_id)
-    hidden = None if processes.is_first() else True  # None: where nobody looks; all shares are as long as the first
-    bar = tqdm(
-        total=len(turns), initial=len(turns) - len(waiting), desc=f"Answers ({name})", disable=hidden, leave=False
-    )
+    done, hidden = len(turns) - len(waiting), processes.hides_bars()
+    bar = tqdm(total=len(turns), initial=done, desc=f"Answers ({name})", disable=hidden, leave=False)
     while waiting:
         batch = waiting[:batch_size]
         try:

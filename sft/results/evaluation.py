@@ -217,8 +217,7 @@ def reference_losses(
     rows = list(_reference_rows(encoder, {turn.place: turn.conversation for turn in turns}, chat))
     rows.sort(key=lambda row: -len(row[0]))
     pad = encoder.tokenizer.pad_token_id or 0
-    hidden = None if processes.is_first() else True
-    bar = tqdm(total=len(rows), desc="References", disable=hidden, leave=False)
+    bar = tqdm(total=len(rows), desc="References", disable=processes.hides_bars(), leave=False)
     while rows:
         size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][0])))
         batch, rows = rows[:size], rows[size:]

@@ -53,6 +53,14 @@ def _commit() -> str | None:
         return None
 
 
+def make_output_dir(recipe: Recipe) -> None:
+    """Raises: RecipeError: it cannot be made."""
+    try:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise recipe.error("output_dir", f"{recipe.output_dir} cannot be made: {error.strerror}") from None
+
+
 @contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
     """The folder to fill, beside its place until it is whole. Raises: UserError: it cannot be written."""

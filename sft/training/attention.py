@@ -26,6 +26,8 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from sft.model.lora import base_of
+
 # The name in `config._attn_implementation`. Models look for "flash", "sdpa", "flex" and "eager" in it: it has none.
 NAME = "per_conversation"
 SDPA, SDPA_MASK = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
@@ -47,7 +49,7 @@ def attention_per_conversation(model: Any) -> Iterator[bool]:
     Args: model: a transformers model, with or without peft's adapters on it.
     Yields: whether the model uses it.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = base_of(model)
     decoder = _decoder(whole)
     before = decoder.config._attn_implementation
     if before == "sdpa" and not _works_on_masks(decoder) or before == "eager" and _is_eager_for_want_of_sdpa(decoder):

@@ -17,7 +17,6 @@ it (bytes a token of each layer by hidden and intermediate size); MB:
 """
 
 import copy
-import inspect
 import logging
 import weakref
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from sft import processes
+from sft.model.lora import base_of, takes_logits_to_keep
 from sft.model.machine import autocast_dtype, default_dtype
 from sft.model.source import first_line
 from sft.recipe import Recipe
@@ -174,23 +174,18 @@ def _without_contents(model: Any) -> Iterator[LiveBytes]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
             model.to_empty(device="cpu")
-            _whole(model).tie_weights()
-            if _whole(model).config._attn_implementation == "sdpa":
-                _whole(model).set_attn_implementation(CAUSAL)
+            base_of(model).tie_weights()
+            if base_of(model).config._attn_implementation == "sdpa":
+                base_of(model).set_attn_implementation(CAUSAL)
             memory.live = memory.peak = 0
             yield memory
     finally:
         log.disabled = False
 
 
-def _whole(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _keep(model: Any, count: int) -> dict[str, Any]:
     """The argument by which only so many positions are projected to the vocabulary, where the model's class has it."""
-    takes = "logits_to_keep" in inspect.signature(type(_whole(model)).forward).parameters
-    return {"logits_to_keep": torch.arange(count)} if takes else {}
+    return {"logits_to_keep": torch.arange(count)} if takes_logits_to_keep(model) else {}
 
 
 def _step_bytes(recipe: Recipe, model: Any, own_loss: bool) -> int:
@@ -201,7 +196,7 @@ def _step_bytes(recipe: Recipe, model: Any, own_loss: bool) -> int:
         rows, length = 1, rows * length
     model.train()
     if args.get("activation_checkpointing", True):
-        _whole(model).activation_checkpointing_enable({"use_reentrant": False})
+        base_of(model).activation_checkpointing_enable({"use_reentrant": False})
     if not recipe.trains_all_weights:
         model.enable_input_require_grads()
     with _without_contents(model) as memory:
@@ -221,7 +216,7 @@ def _step_bytes(recipe: Recipe, model: Any, own_loss: bool) -> int:
 
 def _fused_loss_bytes(model: Any, labels: int, autocast: torch.dtype | None) -> int:
     """A tile of logits, the weights for it, and float32 gradients of the hidden states and of a head that trains."""
-    weight = _whole(model).get_output_embeddings().weight
+    weight = base_of(model).get_output_embeddings().weight
     vocabulary, hidden = weight.shape
     width = (autocast or weight.dtype).itemsize
     tokens, entries = min(labels, TILE[0]), min(vocabulary, TILE[1])
@@ -258,11 +253,13 @@ def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, longest: i
     shared = on_cpu or not torch.cuda.is_available()  # Apple's GPUs use the machine's own memory
     where = "memory" if on_cpu else "GPU memory"
     free = psutil.virtual_memory().available if shared else torch.cuda.mem_get_info()[0]
-    parts, scoring, unknown = kept_bytes(recipe, model), 0, ""
+    parts: dict[str, int] = {}
+    scoring, unknown = 0, ""
     try:
         parts = estimate_memory(recipe, model, own_loss=shared or why_triton_fails() is not None)
         scoring = scoring_bytes(recipe, model, longest) if recipe.dataset.test is not None else 0
     except Exception as error:  # whatever the code of a model's class says when it is given no contents
+        parts = parts or kept_bytes(recipe, model)
         unknown = (
             f", and activations, which cannot be told: {type(model).__name__} needs contents ({first_line(error)})"
         )

@@ -2,7 +2,6 @@
 
 import gc
 import importlib.util
-import inspect
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.errors import UserError
-from sft.model.lora import require_trainable
+from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.model.machine import autocast_dtype, use_cpu
 from sft.model.source import first_line
 from sft.recipe import Recipe
@@ -76,13 +75,11 @@ class CompletionTrainer(SFTTrainer):
     def _is_plain_loss(self) -> bool:
         """Whether the loss is cross-entropy and nothing else, of a model that can project chosen positions only."""
         args: Any = self.args
-        inner: Any = self.accelerator.unwrap_model(self.model)
-        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         return (
             args.loss_type == "nll"
             and not args.label_smoothing_factor
             and not self.aux_loss_enabled
-            and "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+            and takes_logits_to_keep(self.accelerator.unwrap_model(self.model))
         )
 
     def compute_loss(
@@ -239,6 +236,7 @@ def training_config(recipe: Recipe) -> SFTConfig:
     if recipe.dataset.validation is not None:
         given.setdefault("eval_strategy", "epoch")
         given.setdefault("eval_on_start", True)
+    given.setdefault("logging_nan_inf_filter", False)  # CompletionTrainer stops at such a loss: nothing to hide
     given.setdefault("per_device_eval_batch_size", given.get("per_device_train_batch_size", 8))
     if not recipe.trains_all_weights:  # every LoRA weight is in every step's graph
         given.setdefault("ddp_find_unused_parameters", False)
@@ -349,6 +347,5 @@ def steps(recipe: Recipe, data: Data) -> int:
     if int(args.get("max_steps", -1)) > 0:
         return int(args["max_steps"])
     rows: Any = data.train
-    each = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
-    each *= processes.count()
+    each = parallel.rows_a_step({f"training_args.{key}": value for key, value in args.items()}, processes.count())
     return math.ceil(math.ceil(len(rows) / each) * float(args.get("num_train_epochs", 3)))

@@ -115,7 +115,8 @@ class ChatEncoder:
     def encode(self, messages: list[Message], tools: Tools | None = None, last_only: bool = False) -> Encoded:
         """One conversation, located with care.
 
-        Args: last_only: its last answer alone carries loss, so what precedes that is encoded as in its prompt.
+        Args: last_only: its last answer alone carries loss, so what precedes that is written and encoded as in its
+            prompt.
         Raises: FormatError: it cannot be encoded exactly.
         """
         if self.native:
@@ -132,18 +133,39 @@ class ChatEncoder:
         located = locate_turns(self.render, messages, tools, self.control.pattern, answers)
         if located.unwritten_prompt:
             notes.append(PROMPT_PARTED)
-        spans = located.spans
+        text, spans = located.text, located.spans
+        if last_only:
+            text, spans = self._after_its_prompt(
+                text, spans[0], Conversation(messages[: answers[0]], tools), located.unwritten_prompt
+            )
         loss_starts = [start for start, _ in spans]
         if self._reasoning is not None:
             asked = zip(answers, spans, strict=True)
-            loss_starts = [self._reasoning.end(Conversation(messages, tools), k, located.text, s) for k, s in asked]
-        ids, turns, header_merged = self._tokens_of(located.text, spans, loss_starts, rust)
+            loss_starts = [self._reasoning.end(Conversation(messages, tools), k, text, s) for k, s in asked]
+        ids, turns, header_merged = self._tokens_of(text, spans, loss_starts, rust)
         if header_merged:
             notes.append(HEADER_MERGED)
-        if sum(map(self.control.ids.__contains__, ids)) != len(self.control.pattern.findall(located.text)):
+        if sum(map(self.control.ids.__contains__, ids)) != len(self.control.pattern.findall(text)):
             raise FormatError("holds text that this tokenizer can only encode as a control token")
         self.stop_ids.update(ids[stop - 1] for _, stop in turns)
         return Encoded(ids, turns, tuple(notes))
+
+    def _after_its_prompt(
+        self, text: str, span: Turn, history: Conversation, unwritten: str
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text and span of an answer behind what the model is given when it is due.
+
+        Templates may write that otherwise once the answer is there: gpt-oss' drops the reasoning of calls before it.
+        unwritten: what its generation prompt holds that the answer does not begin with.
+        """
+        start, stop = span
+        if not history.messages:
+            return text, [span]
+        prompt = self.render(history.messages, history.tools, prompt=True)
+        if text.startswith(prompt, 0, start) or prompt.startswith(text[:start]):
+            return text, [span]
+        head = prompt.removesuffix(unwritten)
+        return head + text[start:], [(len(head), len(head) + stop - start)]
 
     def encode_prompt(self, messages: list[Message], tools: Tools | None = None) -> list[int]:
         """The ids that the model is given when it must write the next assistant turn after `messages`."""
@@ -274,18 +296,9 @@ class ChatEncoder:
         return [results[i] for i in range(len(rendered.conversations))]
 
     def _encode_or_error(self, rendered: Rendered, i: int) -> Encoded | FormatError:
-        """Where only its last answer counts, others are left alone if they cannot be told, or merge with a header."""
         messages, tools, _ = rendered.conversations[i]
-        only_last = i in rendered.last_only
         try:
-            encoded = self.encode(messages, tools)
-            if not only_last or HEADER_MERGED not in encoded.notes:
-                return encoded
-        except FormatError as error:
-            if not only_last:
-                return error
-        try:
-            return self.encode(messages, tools, last_only=True)
+            return self.encode(messages, tools, last_only=i in rendered.last_only)
         except FormatError as error:
             return error
 
@@ -307,6 +320,8 @@ class ChatEncoder:
             if reasoning is not None:
                 sound = sound and reasoning.may_read(conversations[i], text)
                 turns = [reasoning.after_block(row_ids.tolist(), turn) for turn in turns] if sound else turns
+            if i in rendered.last_only:  # then more may differ from what careful encoding gives, so it is proven apart
+                shape, turns = (*shape, "last only"), turns[-1:]
             if sound and reader.is_proven(shape):
                 results[i] = Encoded(row_ids, turns, notes)
                 continue

@@ -277,7 +277,7 @@ def test_stop_token_that_a_template_leaves_out_after_the_last_answer_is_put_ther
 def test_rows_under_a_template_without_stop_tokens_are_read_off_as_others_are():
     chat = ChatEncoder(tokenizer_for("glm4moe"))
     careful, encode = [], chat.encode
-    chat.encode = lambda *row: careful.append(row) or encode(*row)
+    chat.encode = lambda *row, **how: careful.append(row) or encode(*row, **how)
     results = chat.encode_batch([Conversation([Q, A, user(str(i)), answer("Bye.")]) for i in range(9)])
     assert len(careful) == 2  # for the header and its stop ids, and to prove the shape
     assert [chat.tokenizer.decode(r.input_ids[r.turns[1][1] - 1 :]) for r in results] == ["<|user|>"] * 9

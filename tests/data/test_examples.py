@@ -121,10 +121,10 @@ def test_an_example_is_its_prompt_and_its_answer(name):
                 continue  # no server is asked for a second answer to one question
             start, stop = encoded.turns[-1]
             ids = list(encoded.input_ids)
-            # gpt-oss shows the reasoning before a call until the final answer is there, and then no more.
-            if name != "gptoss" or not any("tool_calls" in m and m.get("reasoning_content") for m in messages[:k]):
-                assert encoder.encode_prompt(messages[:k], tools) == ids[:start]
-            if HEADER_MERGED not in encoded.notes:
+            assert encoder.encode_prompt(messages[:k], tools) == ids[:start]
+            # gpt-oss' template shows the reasoning before a call until the final answer is there, and then no more.
+            drops = any("tool_calls" in m and m.get("reasoning_content") for m in messages[:k])
+            if HEADER_MERGED not in encoded.notes and not (name == "gptoss" and drops):
                 served = encoder.served(messages[: k + 1])
                 rendered_ids = tokenizer_of(name).apply_chat_template(served, tools=tools)["input_ids"]
                 assert rendered_ids == (ids[:-1] if name == "glm4moe" else ids)  # the marker that ends it is ours
@@ -141,6 +141,25 @@ def test_beginnings_of_a_conversation_have_the_shape_that_is_cut_for_them():
         for messages, tools in rows_of("qwen3", 300):
             conversations, shapes, _ = maker.flat([maker.make(Conversation(messages, tools))])
             assert shapes == [encoder.shape(conversation) for conversation in conversations]
+
+
+@pytest.mark.parametrize("mode", ["auto", "each_answer"])
+def test_gpt_oss_answer_after_a_call_follows_the_reasoning_that_its_prompt_shows(mode):
+    tokenizer = tokenizer_of("gptoss")
+    called = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    result = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "2"}
+    calls = [{"content": "", "thinking": "Hm."}, {"content": "Hm."}, {"content": "", "thinking": ""}]
+    rows = [[Q, {"role": "assistant", **made, "tool_calls": [called]}, result, A] for made in calls * 2]
+    encoder = ChatEncoder(tokenizer)
+    made = [ExampleMaker(encoder, ChatOptions(examples=mode)).make(Conversation(row)) for row in rows]
+    encoded = iter(encoder.encode_rendered(encoder.render_batch(*ExampleMaker(encoder, ChatOptions()).flat(made))))
+    for row, examples in zip(rows, made, strict=True):
+        *_, last = [next(encoded) for _ in examples.conversations]
+        prompt = tokenizer.apply_chat_template(row[:3], add_generation_prompt=True, return_dict=False)
+        start, stop = last.turns[-1]
+        assert list(last.input_ids[:start]) == prompt
+        assert tokenizer.decode(last.input_ids[start:stop]) == "<|channel|>final<|message|>Hello.<|return|>"
+        assert tokenizer.decode(prompt).count("Hm.") == any("Hm." in str(value) for value in row[1].values())
 
 
 # -------------------------------------------------------------------------------------------------- from file to split
@@ -299,7 +318,7 @@ def test_streamed_rows_give_the_same_examples(run):
 def test_rows_whose_shape_was_located_once_stay_on_the_fast_path(run):
     encoder, careful = ChatEncoder(tokenizer_of("qwen3")), []
     real, asked = encoder.encode, encoder._history._ask
-    encoder.encode = lambda *conversation: careful.append("encode") or real(*conversation)
+    encoder.encode = lambda *row, **how: careful.append("encode") or real(*row, **how)
     encoder._history._ask = lambda conversation: careful.append("history") or asked(conversation)
     write("train.jsonl", *[talk(*(f"{i} {k}" for k in range(2 * (1 + i % 3)))) for i in range(3000)])
     run()

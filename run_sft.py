@@ -17,6 +17,7 @@ def train(recipe: Recipe, check: bool) -> int:
     clock = run.Clock()
     run.join_processes(recipe)
     tokenizer = run.load_tokenizer(recipe)
+    recipe = run.settle_day(recipe, tokenizer)
     meta_model = run.check_model(recipe, tokenizer)
     data = run.prepare_data(recipe, tokenizer)
     if check:

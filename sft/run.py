@@ -7,6 +7,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import processes
 from sft.data.chat import ChatEncoder
+from sft.data.chat_template import shows_day
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, first_conversations, prepare
 from sft.errors import UserError
@@ -69,6 +72,20 @@ def set_up(recipe: Recipe, debug: bool) -> None:
     if recipe.dataset.num_proc:
         os.environ["RAYON_NUM_THREADS"] = str(recipe.dataset.num_proc)  # read when the tokenizer first uses threads
     transformers.set_seed(recipe.seed)
+
+
+def settle_day(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    """The recipe with the day that its chat template shows, if it shows one: today's, or that of the run so far.
+
+    Without it the same recipe would train on other prompts tomorrow.
+    Raises: RecipeError: chat.date is given, and the template shows no day.
+    """
+    if not shows_day(tokenizer):
+        if recipe.chat.date is not None:
+            raise recipe.error("chat.date", "the chat template does not show the day; take it out")
+        return recipe
+    day = recipe.chat.date or processes.decide(lambda: export.day_of_run(recipe) or date.today().isoformat())
+    return replace(recipe, chat=replace(recipe.chat, date=day))
 
 
 def join_processes(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.summary import run_summary
-from sft.run import check_parity, join_processes
+from sft.run import check_parity, join_processes, settle_day
 
 
 def score_again(recipe: Recipe) -> int:
@@ -20,6 +20,7 @@ def score_again(recipe: Recipe) -> int:
         raise recipe.error("dataset", "--score needs dataset.test")
     join_processes(recipe)
     tokenizer = load_tokenizer(recipe)
+    recipe = settle_day(recipe, tokenizer)
     check_machine(recipe)
     data = processes.agree(lambda: prepare(recipe, tokenizer, scoring_only=True))
     export.make_output_dir(recipe)
@@ -48,6 +49,7 @@ def export_again(recipe: Recipe) -> int:
     if not processes.is_first():
         return 0  # merging is work for one
     tokenizer = load_tokenizer(recipe)
+    recipe = settle_day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
     say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
     check_parity(recipe, json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8")), data)

@@ -71,24 +71,29 @@ class ChatEncoder:
         tokenizer: a fast tokenizer with a chat template, or one with the hook above.
         spelled_control_tokens: what becomes of content that spells a control token: "error" or "text".
         after_thinking: whether loss begins after an answer's reasoning.
+        day: the "YYYY-MM-DD" that a template shows which asks for today's.
 
     Raises:
         ModelError: the tokenizer has no chat template, or is not a fast one.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, spelled_control_tokens: str = "error", after_thinking: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        spelled_control_tokens: str = "error",
+        after_thinking: bool = False,
+        day: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.as_text = spelled_control_tokens == "text"
-        self.after_thinking = after_thinking
+        self.after_thinking, self.day = after_thinking, day
         self.native = hasattr(tokenizer, "encode_conversation")
         self.stop_ids: set[int] = set()
         self.content_opener: list[int] = []
         if self.native:
             self.stop_ids.update(tokenizer.stop_token_ids)
             return
-        template = ChatTemplate(tokenizer)
+        template = ChatTemplate(tokenizer, day)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer: without offsets its answers cannot be told"
@@ -107,7 +112,7 @@ class ChatEncoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it was made of: a compiled template cannot be."""
-        made_of = self.tokenizer, "text" if self.as_text else "error", self.after_thinking
+        made_of = self.tokenizer, "text" if self.as_text else "error", self.after_thinking, self.day
         return ChatEncoder, made_of, {"stop_ids": self.stop_ids}
 
     # --------------------------------------------------------------------------------------------- one conversation

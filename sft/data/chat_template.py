@@ -1,5 +1,6 @@
 """A chat template: messages -> text, as transformers renders it, fast enough to do it for every row."""
 
+from datetime import date
 from typing import Any
 
 import jinja2
@@ -16,10 +17,11 @@ from sft.errors import FormatError, ModelError
 class ChatTemplate:
     """The chat template of a tokenizer, compiled once.
 
+    Args: day: what `strftime_now` tells the template, "YYYY-MM-DD"; None: the time of each rendering.
     Raises: ModelError: it has none, or none without a name.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: str | None = None):
         if not tokenizer.chat_template:
             raise ModelError(
                 "the tokenizer has no chat template; give one with chat.template (a .jinja file), or "
@@ -31,7 +33,9 @@ class ChatTemplate:
             raise ModelError(f"the tokenizer's chat templates: {error}") from None
         self._compiled, self._compiled_with_tools = map(_compile, sources)
         self.parsed = [self._compiled.environment.parse(source) for source in sources]
-        self._variables = {"documents": None, **tokenizer.special_tokens_map}
+        self._variables: dict[str, Any] = {"documents": None, **tokenizer.special_tokens_map}
+        if day is not None:
+            self._variables["strftime_now"] = date.fromisoformat(day).strftime
         self._in_parts, self._calls = False, CallForm()  # as things come, for the probes
         self._in_parts = wants_parts(self.render)
         self._calls = call_form(self.render)
@@ -63,6 +67,15 @@ class ChatTemplate:
             return "".join(template.root_render_func(template.new_context(variables, shared=True)))
         except (jinja2.TemplateError, TypeError, AttributeError, ValueError, LookupError) as error:
             raise FormatError(f"the chat template refuses this conversation: {error}") from None
+
+
+def shows_day(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes the day on which it is rendered."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return False
+    question: list[Message] = [{"role": "user", "content": "x"}]
+    first, second = (ChatTemplate(tokenizer, day).render(question) for day in ("2001-01-01", "2012-12-12"))
+    return first != second
 
 
 def _compile(source: str) -> jinja2.Template:

@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
     """
     options = recipe.dataset
     spelled = "text" if options.control_tokens == "text" else "error"
-    encoder = ChatEncoder(tokenizer, spelled, after_thinking=recipe.chat.loss_on == "after_thinking")
+    encoder = ChatEncoder(tokenizer, spelled, recipe.chat.loss_on == "after_thinking", recipe.chat.date)
     only_test = scoring_only and isinstance(options.test, tuple)
     names = ("test",) if only_test else SPLITS
     splits, files = _tokenise_splits(names, encoder, recipe)

@@ -131,6 +131,7 @@ def _fingerprint(encoder: ChatEncoder) -> str:
         type(tokenizer).__name__,
         backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
         str(tokenizer.chat_template),
+        str(encoder.day),
         repr(sorted(tokenizer.special_tokens_map.items())),
     ]
     _fingerprints[encoder] = hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -79,6 +79,7 @@ class ChatOptions:
 
     template: str | None = option(None, "a .jinja file instead of the tokenizer's chat template", minLength=1)
     variables: dict[str, Any] = option({}, "what the chat template reads besides, e.g. {enable_thinking: false}")
+    date: str | None = option(None, "YYYY-MM-DD, for templates that show today's; null: that of the first start")
     examples: Literal["auto", "whole", "each_answer"] = option("auto", "what a row gives; see docs/reasoning.md")
     loss_on: Literal["all_turns", "last_turn", "after_thinking"] = option(
         "all_turns", "the answers that are trained on"

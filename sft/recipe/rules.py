@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ def _templates(recipe: Recipe) -> Iterator[Problem]:
         yield "chat.instruction_template", "needs chat.response_template, which starts the answers; give both"
 
 
+def _date(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.chat.date is not None:
+        try:
+            written = date.fromisoformat(recipe.chat.date).isoformat()
+        except ValueError:
+            written = ""
+        if written != recipe.chat.date:
+            yield "chat.date", f"found {spell(recipe.chat.date)}; give a day as 2026-11-25"
+
+
 def _variables(recipe: Recipe) -> Iterator[Problem]:
     for name, value in recipe.chat.variables.items():
         if name in RENDERED:
@@ -154,6 +165,7 @@ _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _splits,
     _columns,
     _templates,
+    _date,
     _variables,
     _output_dir,
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import shutil
 import subprocess
@@ -36,6 +37,15 @@ def describe_run(recipe: Recipe, ledger: Ledger) -> dict[str, Any]:
         "processes": processes.count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def day_of_run(recipe: Recipe) -> str | None:
+    """The day that the chat template showed when the run in output_dir began; None if there is none yet."""
+    try:
+        left = json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # a run that goes on says what is wrong with the file
+    return left.get("recipe", {}).get("chat", {}).get("date")
 
 
 def _commit() -> str | None:

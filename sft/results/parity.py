@@ -55,7 +55,7 @@ def prove_parity(final_model: Path, encoder: ChatEncoder, conversations: Sequenc
     if config["model_type"] == "chatglm":
         return {"not_checked": "the layout chatglm is read by the vendor's own code, not by plain transformers"}
     prompts = list(_prompts(encoder, conversations))
-    served, *rendered = _serve(final_model, prompts)
+    served, *rendered = _serve(final_model, prompts, encoder.day)
     spelled = 0
     for prompt, result in zip(prompts, rendered, strict=True):
         if result.get("ids") == prompt.ids:
@@ -101,7 +101,7 @@ def _with_objects(message: Message) -> Message:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _serve(final_model: Path, prompts: Sequence[_Prompt]) -> list[dict[str, Any]]:
+def _serve(final_model: Path, prompts: Sequence[_Prompt], day: str | None) -> list[dict[str, Any]]:
     """What plain_server.py answers. Raises: ModelError: it does not come to an end."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "prompts.jsonl", Path(scratch) / "answer.jsonl"
@@ -109,7 +109,15 @@ def _serve(final_model: Path, prompts: Sequence[_Prompt]) -> list[dict[str, Any]
         with open(asked, "w", encoding="utf-8") as stream:
             stream.writelines(lines)
         done = subprocess.run(
-            [sys.executable, "-P", str(SCRIPT), str(final_model.absolute()), str(asked), str(answer)],
+            [
+                sys.executable,
+                "-P",
+                str(SCRIPT),
+                str(final_model.absolute()),
+                str(asked),
+                str(answer),
+                *([day] if day else []),
+            ],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"},
             capture_output=True,
             text=True,

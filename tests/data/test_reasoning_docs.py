@@ -9,27 +9,32 @@ from pathlib import Path
 import datasets
 
 from sft.data.splits import prepare
+from sft.errors import DataError
 from sft.model.tokenizer import with_defaults
 from sft.recipe import load_recipe
 from sft.training.check import render_pieces, samples
 from tests.families import FAMILIES, build
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reasoning.md"
-BLOCK = re.compile(r"(<!-- check: (.*?) -->\n```text\n)(.*?)(?=```)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- check(?P<oss> of gpt-oss)?: (?P<settings>.*?) -->\n```text\n)(.*?)(?=```)", re.DOTALL)
+DAY = ["chat.date=2026-11-25"]
 
 
-def shown(settings, row, folder):
-    """The examples of a row as `--check` shows them, under settings as an override spells them."""
+def shown(settings, row, folder, family="qwen3"):
+    """The examples of a row as `--check` shows them, or its error, under settings as an override spells them."""
     (folder / "maren.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     recipe = folder / "recipe.yaml"
     text = f"model_name_or_path: m\noutput_dir: o\ndataset: {{train: {folder}/maren.jsonl, packing: false}}\n"
     recipe.write_text(text, encoding="utf-8")
     made = load_recipe(recipe, settings)
-    tokenizer = build(FAMILIES["qwen3"], "bytes")
+    tokenizer = build(FAMILIES[family], "bytes")
     tokenizer.chat_template = with_defaults(tokenizer.chat_template, made.chat.variables)
-    found = samples(prepare(made, tokenizer), tokenizer)
+    try:
+        found = samples(prepare(made, tokenizer), tokenizer)
+    except DataError as error:
+        return f"{error}\n".replace(f"{folder}/", "")
     texts = [f"{each['place']}\n{render_pieces(each['pieces'], False)}" for each in found]
-    return "\n".join(texts).replace(f"{folder}/", "")
+    return "\n".join(texts).rstrip("\n").replace(f"{folder}/", "") + "\n"
 
 
 def page_text(text):
@@ -39,10 +44,13 @@ def page_text(text):
     del plain["messages"][1]["reasoning_content"]
 
     def block(match):
-        settings, without, _ = match[2].partition(" without reasoning")
+        settings, without, _ = match["settings"].partition(" without reasoning")
         overrides = re.findall(r"\S+?=(?:\{.*?\}|\S+)", settings)
+        said = plain if without else row
         with tempfile.TemporaryDirectory() as folder:
-            return match[1] + shown(overrides, plain if without else row, Path(folder))
+            if match["oss"]:
+                return match[1] + shown(overrides + DAY, said, Path(folder), "gptoss")
+            return match[1] + shown(overrides, said, Path(folder))
 
     return BLOCK.sub(block, text)
 
@@ -53,10 +61,12 @@ def test_page_shows_what_check_prints():
 
 
 def test_page_shows_every_setting():
-    shown_settings = {match[2] for match in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))}
-    for examples in ("whole", "each_answer"):
-        for loss_on in ("all_turns", "last_turn", "after_thinking"):
-            assert f"chat.examples={examples} chat.loss_on={loss_on}" in shown_settings
+    found = BLOCK.finditer(PAGE.read_text(encoding="utf-8"))
+    shown_settings = {(match["settings"], bool(match["oss"])) for match in found}
+    for oss in (False, True):
+        for examples in ("whole", "each_answer"):
+            for loss_on in ("all_turns", "last_turn", "after_thinking"):
+                assert (f"chat.examples={examples} chat.loss_on={loss_on}", oss) in shown_settings
 
 
 def test_auto_is_each_answer_for_the_dialogue_of_the_page(tmp_path):

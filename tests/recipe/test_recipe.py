@@ -135,6 +135,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "chat": {
             "template": None,
             "variables": {},
+            "date": None,
             "examples": "auto",
             "loss_on": "all_turns",
             "response_template": None,

@@ -318,15 +318,16 @@ class ChatEncoder:
         notes = (PROMPT_PARTED,) if unwritten else ()
         rows = zip(rendered.quick, rendered.shapes, rendered.texts, ids, reader.read(ids, self.stop_ids), strict=True)
         reasoning = self._reasoning
-        for i, shape, text, row_ids, (turns, sound) in rows:
+        for i, shape, text, row_ids, (turns, all_sound, last_sound) in rows:
+            sound = last_sound if i in rendered.last_only else all_sound
             # With an unwritten prompt an answer may begin with what its prompt holds beyond the header.
             sound = sound and not (unwritten and reader.whole_header in text)
             sound = sound and len(turns) == shape.count("assistant") > 0
+            if i in rendered.last_only:  # careful encoding may give other ids then, so it is proven apart
+                shape, turns = (*shape, "last only"), turns[-1:]
             if reasoning is not None:
                 sound = sound and reasoning.may_read(conversations[i], text)
                 turns = [reasoning.after_block(row_ids.tolist(), turn) for turn in turns] if sound else turns
-            if i in rendered.last_only:  # then more may differ from what careful encoding gives, so it is proven apart
-                shape, turns = (*shape, "last only"), turns[-1:]
             if sound and reader.is_proven(shape):
                 results[i] = Encoded(row_ids, turns, notes)
                 continue

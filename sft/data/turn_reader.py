@@ -22,10 +22,14 @@ Turn = tuple[int, int]  # the half-open range of a row's ids that carries loss, 
 
 
 class ReadRow(NamedTuple):
-    """turns: what was read off one row. sound: each header has its stop before the next header and the row's end."""
+    """What was read off one row.
+
+    sound: each header has its stop before the next header and the row's end. last_sound: the last header has.
+    """
 
     turns: list[Turn]
     sound: bool
+    last_sound: bool
 
 
 class TurnReader:
@@ -112,11 +116,14 @@ class TurnReader:
         row_of_start = np.searchsorted(row_ends, starts, side="left")  # a header ends at > its row's begin
         clipped = np.minimum(row_of_start, len(rows) - 1)
         unsound = (stops > np.append(starts[1:], len(flat) + 1)) | (stops > row_ends[clipped])
-        unsound_rows = set(row_of_start[unsound].tolist())
         begins = row_begins[clipped]
         turns = list(zip((starts - begins).tolist(), (stops - begins).tolist(), strict=True))
         bounds = np.searchsorted(row_of_start, np.arange(len(rows) + 1)).tolist()
-        return [ReadRow(turns[bounds[j] : bounds[j + 1]], j not in unsound_rows) for j in range(len(rows))]
+        flaws = np.append(0, np.cumsum(unsound))[bounds].tolist()  # up to each row
+        lasts = np.append(unsound, True)[np.array(bounds[1:], dtype=np.int64) - 1].tolist()
+        return [
+            ReadRow(turns[bounds[j] : bounds[j + 1]], flaws[j] == flaws[j + 1], not lasts[j]) for j in range(len(rows))
+        ]
 
     def _after_headers(self, flat: np.ndarray) -> np.ndarray:
         """The places just after each occurrence of the header's ids."""

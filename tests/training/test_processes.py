@@ -249,6 +249,7 @@ def test_a_checkpoint_in_parts_is_refused_by_a_run_without_them(recipe, one, tmp
 LATE = """
 import os, sys, time
 import run_sft
+run_sft.import_libraries()
 from sft import run
 
 describe_run = run.describe_run

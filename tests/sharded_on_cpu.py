@@ -11,38 +11,41 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from transformers import modeling_utils
-
 import run_sft
-from sft import run
-
-set_up_state, load_for_training = PartialState.__init__, run.load_for_training
 
 
-def set_up_as_if_of_gpus(self, *args, **kwargs):
-    fresh = PartialState._shared_state == {}
-    set_up_state(self, *args, **kwargs)
-    if fresh and self.distributed_type == DistributedType.MULTI_CPU:
-        if any("training_args.deepspeed" in argument for argument in sys.argv):
-            import deepspeed
+def shard_on_cpus():
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import modeling_utils
 
-            deepspeed.init_distributed(dist_backend="gloo")
-        else:
-            self.distributed_type = DistributedType.MULTI_GPU
+    from sft import run
 
+    set_up_state, load_for_training = PartialState.__init__, run.load_for_training
 
-def load_and_tell(recipe):
-    opened, safe_open = [], modeling_utils.safe_open
-    modeling_utils.safe_open = lambda *args, **kwargs: opened.append(args) or safe_open(*args, **kwargs)
-    model = load_for_training(recipe)
-    modeling_utils.safe_open = safe_open
-    print(f"process {os.environ['RANK']} has read {len(opened)} files of weights", flush=True)
-    return model
+    def set_up_as_if_of_gpus(self, *args, **kwargs):
+        fresh = PartialState._shared_state == {}
+        set_up_state(self, *args, **kwargs)
+        if fresh and self.distributed_type == DistributedType.MULTI_CPU:
+            if any("training_args.deepspeed" in argument for argument in sys.argv):
+                import deepspeed
 
+                deepspeed.init_distributed(dist_backend="gloo")
+            else:
+                self.distributed_type = DistributedType.MULTI_GPU
 
-PartialState.__init__, run.load_for_training = set_up_as_if_of_gpus, load_and_tell
+    def load_and_tell(recipe):
+        opened, safe_open = [], modeling_utils.safe_open
+        modeling_utils.safe_open = lambda *args, **kwargs: opened.append(args) or safe_open(*args, **kwargs)
+        model = load_for_training(recipe)
+        modeling_utils.safe_open = safe_open
+        print(f"process {os.environ['RANK']} has read {len(opened)} files of weights", flush=True)
+        return model
+
+    PartialState.__init__, run.load_for_training = set_up_as_if_of_gpus, load_and_tell
+
 
 if __name__ == "__main__":
+    run_sft.import_libraries()  # first, since it takes less time than the imports above by themselves
+    shard_on_cpus()
     sys.exit(run_sft.main())

@@ -196,7 +196,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, t
         seen += process.stdout.readline()
         assert process.poll() is None, seen
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=300)
     assert process.returncode == 130, seen + rest
     assert "the same command goes on from there" in rest
     assert not (tmp_path / "stopped/lora_adapter").exists()
@@ -211,7 +211,7 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path
         recipe, tmp_path / "out", tiny_qwen, *LORA, "training_args.max_steps=12", "training_args.save_steps=2"
     )
     process = run_process(arguments, tmp_path / "cache")
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (tmp_path / "out/checkpoint-4/trainer_state.json").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.02)

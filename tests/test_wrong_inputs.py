@@ -127,7 +127,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_wrong_input_gets_one_clear_answer(name, tiny_qwen, tmp_path, capfd, monkeypatch):
+def test_wrong_input_gets_one_clear_answer(name, small_qwen, tmp_path, capfd, monkeypatch):
     content, overrides, said = CASES[name]
     monkeypatch.chdir(tmp_path)
     if content == "directory":
@@ -135,7 +135,7 @@ def test_wrong_input_gets_one_clear_answer(name, tiny_qwen, tmp_path, capfd, mon
     elif content is not None:
         (tmp_path / "train.jsonl").write_bytes(content)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=tiny_qwen, folder=tmp_path), encoding="utf-8")
+    recipe.write_text(RECIPE.format(model=small_qwen, folder=tmp_path), encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     assert run_sft.main([str(recipe), *overrides]) == 2
     captured = capfd.readouterr()
@@ -144,10 +144,10 @@ def test_wrong_input_gets_one_clear_answer(name, tiny_qwen, tmp_path, capfd, mon
     assert sorted(tmp_path.iterdir()) == before, "something was left behind"
 
 
-def test_bad_rows_are_all_named_up_to_twenty_then_counted(tiny_qwen, tmp_path, capfd):
+def test_bad_rows_are_all_named_up_to_twenty_then_counted(small_qwen, tmp_path, capfd):
     (tmp_path / "train.jsonl").write_text(lines(GOOD, *["{"] * 25), encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=tiny_qwen, folder=tmp_path), encoding="utf-8")
+    recipe.write_text(RECIPE.format(model=small_qwen, folder=tmp_path), encoding="utf-8")
     assert run_sft.main([str(recipe)]) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 22
@@ -156,12 +156,12 @@ def test_bad_rows_are_all_named_up_to_twenty_then_counted(tiny_qwen, tmp_path, c
     assert "dataset.on_error: skip" in said[21]
 
 
-def test_path_beside_the_recipe_is_pointed_at(tiny_qwen, tmp_path, capfd, monkeypatch):
+def test_path_beside_the_recipe_is_pointed_at(small_qwen, tmp_path, capfd, monkeypatch):
     folder = tmp_path / "recipes"
     folder.mkdir()
     (folder / "train.jsonl").write_text(lines(GOOD), encoding="utf-8")
     (folder / "recipe.yaml").write_text(
-        RECIPE.format(model=tiny_qwen, folder=tmp_path).replace(f"{tmp_path}/train", "train"), encoding="utf-8"
+        RECIPE.format(model=small_qwen, folder=tmp_path).replace(f"{tmp_path}/train", "train"), encoding="utf-8"
     )
     monkeypatch.chdir(tmp_path)
     assert run_sft.main(["recipes/recipe.yaml"]) == 2

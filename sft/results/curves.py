@@ -4,14 +4,15 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from sft.results.words import number
+
+if TYPE_CHECKING:  # half a second, which --check and a run's first step need not wait for
+    from matplotlib.figure import Figure
 
 PLOTS = {  # title: {name: key of log_history}
     "Loss": {"training": "loss", "validation": "eval_loss"},
@@ -73,11 +74,13 @@ PAGE = Colours("#010203", "#010204", "#010205")
 CSS = Colours("currentColor", "var(--after)", "var(--before)")
 
 
-def draw(curves: dict[str, Curve], title: str, size: tuple[float, float], colours: Colours) -> Figure:
+def draw(curves: dict[str, Curve], title: str, size: tuple[float, float], colours: Colours) -> "Figure":
     """One plot over the steps: the first curve solid, a second dashed; of many noisy points the running mean too.
 
     Args: size: inches.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=colours.ink)
@@ -116,8 +119,10 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def svg(figure: Figure, name: str) -> Markup:
+def svg(figure: "Figure", name: str) -> Markup:
     """A figure as an <svg> for the page: its colours, no ids that two plots share, nothing about who made it."""
+    from matplotlib import rc_context
+
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

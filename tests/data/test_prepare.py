@@ -595,7 +595,7 @@ print(len(made), len(splits.prepare(load_recipe("recipe.yaml"), tokenizer).train
         subprocess.Popen([sys.executable, "-c", script, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
         for i in range(2)
     ]
-    said = sorted(process.communicate(timeout=120)[0].strip() for process in both)
+    said = sorted(process.communicate(timeout=300)[0].strip() for process in both)
     assert said == ["0 50 0", "0 50 1"]
 
 

@@ -185,7 +185,7 @@ def test_every_metric_loads_with_evaluate_offline_from_another_folder_in_two_pro
         )
         for _ in range(2)
     ]
-    printed = [process.communicate(timeout=60) for process in processes]
+    printed = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     assert printed[0] == printed[1]
     assert len(printed[0][0].splitlines()) == len(metric_names())

@@ -24,7 +24,7 @@ from sft.training import parallel
 from sft.training import trainer as training
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 120  # no run of two processes here takes a quarter of it; a hang is a failure
+SECONDS = 300  # no run of two processes here takes a tenth of it on two idle CPUs; a hang is a failure
 RECIPE = """
 model_name_or_path: {model}
 output_dir: {folder}/out
@@ -32,7 +32,7 @@ dataset:
   train: {folder}/train.jsonl
   validation: {root}/data/demo/validation.jsonl
   test: {root}/data/demo/test.jsonl
-  max_length: 256
+  max_length: 640
   packing: false
 model_init: {{dtype: float32}}
 lora_config: {{r: 4, lora_dropout: 0.0, target_modules: [q_proj, v_proj]}}
@@ -54,13 +54,13 @@ HALF = "training_args.gradient_accumulation_steps=2"  # with two processes the r
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_qwen, tmp_path_factory):
+def recipe(small_qwen, tmp_path_factory):
     """13 conversations: three steps of four an epoch and one of a single one, which two processes cannot share."""
     folder = tmp_path_factory.mktemp("processes")
     lines = (ROOT / "data/demo/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(lines[:13]), encoding="utf-8")
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(model=tiny_qwen, folder=folder, root=ROOT), encoding="utf-8")
+    path.write_text(RECIPE.format(model=small_qwen, folder=folder, root=ROOT), encoding="utf-8")
     return path
 
 
@@ -249,6 +249,7 @@ def test_a_checkpoint_in_parts_is_refused_by_a_run_without_them(recipe, one, tmp
 LATE = """
 import os, sys, time
 import run_sft
+run_sft.import_libraries()
 from sft import run
 
 describe_run = run.describe_run

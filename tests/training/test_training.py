@@ -46,10 +46,10 @@ def token_rows():
 
 
 @pytest.fixture
-def recipe(tiny_qwen, tmp_path):
+def recipe(small_qwen, tmp_path):
     def make(*overrides):
         path = tmp_path / "recipe.yaml"
-        path.write_text(RECIPE.format(model=tiny_qwen, folder=tmp_path), encoding="utf-8")
+        path.write_text(RECIPE.format(model=small_qwen, folder=tmp_path), encoding="utf-8")
         return load_recipe(path, overrides)
 
     return make
@@ -73,10 +73,10 @@ class _Plain:
         average_tokens_across_devices = False
 
 
-def test_packed_rows_give_the_loss_and_gradients_of_the_same_rows_apart(tiny_qwen):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen)
+def test_packed_rows_give_the_loss_and_gradients_of_the_same_rows_apart(small_qwen):
+    tokenizer = AutoTokenizer.from_pretrained(small_qwen)
     collate = DataCollatorForCompletionOnlyLM(tokenizer=tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(tiny_qwen, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(small_qwen, dtype=torch.float32).train()
     rows = token_rows()
     apart = collate([rows[i] for i in range(len(rows))])
     packed_rows = pack(rows, 64)
@@ -91,7 +91,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_same_rows_apart(tiny_qwe
     assert abs(loss_leaking - loss_apart) > 1e-4, "with a mask of ones the rows leak, and this test would see it"
 
 
-def test_loss_off_the_gpu_is_the_one_of_trls_fused_head(recipe, tiny_qwen):
+def test_loss_off_the_gpu_is_the_one_of_trls_fused_head(recipe, small_qwen):
     made = recipe()
     tokenizer, model = load_tokenizer(made), load_model(made)
     trainer = make_trainer(made, model, tokenizer, Data(None, token_rows()))
@@ -216,10 +216,10 @@ def test_the_optimizer_is_let_go_of_after_training_and_the_model_where_it_is_rea
     assert model() is None
 
 
-def test_packed_rows_of_a_model_that_would_let_them_see_each_other_are_refused(recipe, tiny_qwen, tmp_path):
+def test_packed_rows_of_a_model_that_would_let_them_see_each_other_are_refused(recipe, small_qwen, tmp_path):
     folder = tmp_path / "bloom"
-    BloomForCausalLM(BloomConfig(vocab_size=151936, hidden_size=16, n_head=2, n_layer=1)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_qwen).save_pretrained(folder)
+    BloomForCausalLM(BloomConfig(vocab_size=2048, hidden_size=16, n_head=2, n_layer=1)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(small_qwen).save_pretrained(folder)
     rows = pack(token_rows(), 64)
     made = recipe(f"model_name_or_path={folder}", "dataset.packing=true")
     model, tokenizer = load_model(made), load_tokenizer(made)

@@ -13,7 +13,7 @@ from sft.training.trainer import make_trainer
 RECIPE = """
 model_name_or_path: {model}
 output_dir: {folder}/out
-dataset: {{train: {folder}/train.jsonl, max_length: 64}}
+dataset: {{train: {folder}/train.jsonl, max_length: 192}}
 training_args:
   max_steps: 1
   per_device_train_batch_size: 2
@@ -28,12 +28,12 @@ ROWS = {
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_a_worker_that_is_started_afresh_makes_the_batch_of_the_run_itself(tiny_qwen, tmp_path, rows):
+def test_a_worker_that_is_started_afresh_makes_the_batch_of_the_run_itself(small_qwen, tmp_path, rows):
     talks = [[{"human": f"Question {i}?", "assistant": "Yes. " * (i + 1)}] for i in range(6)]
     lines = [json.dumps({"conversation": talk}) + "\n" for talk in talks]
     (tmp_path / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(model=tiny_qwen, folder=tmp_path), encoding="utf-8")
+    path.write_text(RECIPE.format(model=small_qwen, folder=tmp_path), encoding="utf-8")
     recipe = load_recipe(path, ROWS[rows])
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)

@@ -1,0 +1,65 @@
+"""What a command imports, which is most of the seconds before its first word."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = """
+import gc, json, sys
+import run_sft
+try:
+    code = run_sft.main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print()
+print(json.dumps([code, gc.isenabled(), sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def after(*arguments):
+    """Exit code, whether garbage is collected, and the names of all packages that were imported."""
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    code, collects, packages = json.loads(done.stdout.splitlines()[-1])
+    return code, collects, set(packages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["missing.yaml"], 2),
+        (["recipes/qwen_qlora.yaml", "dataset.max_lenght=5"], 2),
+        (["recipes/qwen_qlora.yaml", "dataset.streaming=true", "dataset.validation=0.1"], 2),
+    ],
+    ids=["help", "no such recipe", "unknown key", "keys that do not go together"],
+)
+def test_help_and_a_wrong_recipe_wait_for_no_library(arguments, code):
+    found, _, packages = after(*arguments)
+    assert found == code
+    assert not packages & {"torch", "transformers", "datasets", "numpy", "pyarrow", "tokenizers", "jinja2"}
+
+
+def test_a_check_waits_for_no_scores_and_no_plots_and_collects_garbage_again(small_qwen, tmp_path):
+    overrides = [f"model_name_or_path={small_qwen}", f"output_dir={tmp_path}/out", "quantization_config=null"]
+    overrides += ["dataset.train=data/demo/validation.jsonl", "dataset.validation=null", "dataset.max_length=640"]
+    overrides += ["dataset.test=data/demo/validation.jsonl", "model_init.dtype=float32", "training_args.bf16=false"]
+    code, collects, packages = after(
+        "recipes/qwen_qlora.yaml", *overrides, "training_args.optim=adamw_torch", "--check"
+    )
+    assert (code, collects) == (0, True) and "torch" in packages
+    assert not packages & {
+        "matplotlib",
+        "evaluate",
+        "sacrebleu",
+        "rouge_score",
+        "nltk",
+        "scipy",
+        "sklearn",
+        "deepspeed",
+    }

@@ -20,7 +20,8 @@ def train(recipe: Recipe, check: bool) -> int:
     tokenizer = run.load_tokenizer(recipe)
     recipe = run.settle_day(recipe, tokenizer)
     meta_model = run.check_model(recipe, tokenizer)
-    data = run.prepare_data(recipe, tokenizer)
+    recipe, packing_why = run.decide_packing(recipe, tokenizer)
+    data = run.prepare_data(recipe, tokenizer, packing_why)
     if check:
         return run.report_check(recipe, tokenizer, data, meta_model)
     description = run.describe_run(recipe, data.ledger)

@@ -1,5 +1,6 @@
 """The steps of a run, as run_sft.py tells them in order."""
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -40,7 +41,7 @@ from sft.results.export import describe_run
 from sft.results.parity import prove_parity
 from sft.results.summary import run_summary
 from sft.results.words import parity_line
-from sft.training import check, parallel, resume, trainer
+from sft.training import check, packing_probe, parallel, resume, trainer
 from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal, Stopped, interrupted
 from sft.training.trainer import CompletionTrainer
@@ -113,9 +114,20 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     return model
 
 
-def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
+def decide_packing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, str]:
+    """The recipe with dataset.packing decided, by what the first process finds, and for the ledger how it was.
+
+    Raises: RecipeError: it is true, and packed conversations would not be what they are apart.
+    """
+    packs, why = processes.decide(lambda: packing_probe.decide(recipe, tokenizer))
+    return dataclasses.replace(recipe, dataset=dataclasses.replace(recipe.dataset, packing=packs)), why
+
+
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, packing_why: str) -> Data:
     """The data of a recipe, and its ledger on the terminal."""
     data = processes.agree(lambda: prepare(recipe, tokenizer))
+    if packing_why:
+        data.ledger["packing_probe"] = packing_why
     data.ledger["samples"] = check.samples(data, tokenizer)
     say(ledger_table(data.ledger))
     if recipe.dataset.test is None:

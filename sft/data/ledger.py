@@ -32,6 +32,7 @@ class Ledger(TypedDict, total=False):
     """What data_ledger.json holds.
 
     rows, examples, packing: of each split its conversations, what they give if not one each, and the packed rows.
+    packing_probe: why rows are packed, or not, where dataset.packing left it open.
     test_in_train, near_duplicates: rows of the test split that a training row equals, or nearly equals. samples:
     examples with their masks as text. memory: bytes that training keeps from step to step, of weights, adapter,
     gradients and the optimizer's moments.
@@ -44,6 +45,7 @@ class Ledger(TypedDict, total=False):
     test_in_train: NamedRows
     near_duplicates: NamedRows
     packing: dict[str, int]
+    packing_probe: str
     streamed: list[str]
     samples: list[dict[str, Any]]
     memory: dict[str, int]
@@ -161,6 +163,8 @@ def ledger_table(ledger: Ledger) -> str:
         text += [f"{path}: {count:,} {note}" for note, count in file["notes"].items()]
         if "examples" in file:
             text.append(f"{path}: {file['used']:,} rows give {file['examples']:,} examples (chat.examples)")
+    if "packing_probe" in ledger:
+        text.append(ledger["packing_probe"])
     if "streamed" in ledger:
         text.append("streamed while training, not counted: " + ", ".join(ledger["streamed"]))
     if (repeats := ledger.get("duplicates")) and repeats["rows"]:

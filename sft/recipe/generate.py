@@ -78,7 +78,7 @@ def _key_and_value(field: "dataclasses.Field[Any]") -> str:
 
 def _comment(field: "dataclasses.Field[Any]", annotation: Any) -> str:
     """The description, after the choices if there are any, e.g. "error | skip: rows that ..."."""
-    choices = annotation_schema(annotation).get("enum", [])
+    choices = [c if isinstance(c, str) else json.dumps(c) for c in annotation_schema(annotation).get("enum", [])]
     return ": ".join(text for text in (" | ".join(choices), field.metadata["description"]) if text)
 
 

@@ -66,11 +66,13 @@ class DatasetOptions:
         "error", "rows that spell a control token, e.g. <|im_end|>"
     )
     max_lost: float = option(0.05, "share of rows that may be skipped, dropped or trimmed", minimum=0, maximum=1)
-    packing: bool = option(True, "several conversations in one row of max_length; not for every model, see README")
+    packing: Literal["auto", True, False] = option(
+        "auto", "conversations share rows; auto: where exact, docs/packing.md"
+    )
     columns: dict[str, str] | None = option(None, "renames keys of rows and turns, e.g. {question: human}")
     near_duplicates: Literal["report", "off"] = option("report", "test rows that nearly repeat a training row")
     num_proc: int | None = option(None, "threads that tokenise; null: one a core", minimum=1)
-    streaming: bool = option(False, "tokenise while training; needs training_args.max_steps, packing: false")
+    streaming: bool = option(False, "tokenise while training; needs training_args.max_steps; not packed")
 
 
 @dataclass(frozen=True)

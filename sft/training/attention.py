@@ -103,7 +103,7 @@ def _forget_batch(part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def leak_of_packed_rows(model: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> str | None:
-    """Tries on the model itself whether packed conversations see each other: every class has code of its own.
+    """Tries on the model itself, as it will train, whether packed conversations see each other.
 
     The logits of the second of two conversations must not change with the tokens of the first. They do in recurrent
     layers that lack their kernels (Qwen3.5, where transformers says so) or have none for this (Jamba, RecurrentGemma),

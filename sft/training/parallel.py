@@ -22,10 +22,10 @@ ROWS_OF_PROCESS = {"training_args.per_device_train_batch_size": 8, ACCUMULATION:
 def refuse_layouts(recipe: Recipe, args: TrainingArguments) -> None:
     """Raises: RecipeError: a way to share out the work that would not be done, or would train on something else."""
     sizes = ParallelismConfig() if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") else None
-    if sizes is not None and sizes.cp_size > 1 and recipe.dataset.packing:
+    if (gpus := context_parallel_gpus()) and recipe.dataset.packing is True:
         raise recipe.error(
             "dataset.packing",
-            f"the launcher asks for context parallelism over {sizes.cp_size} GPUs (PARALLELISM_CONFIG_CP_SIZE), which "
+            f"the launcher asks for context parallelism over {gpus} GPUs (PARALLELISM_CONFIG_CP_SIZE), which "
             "lets packed conversations attend to each other; set dataset.packing: false, or take it out there",
         )
     for name, size in (("tensor", sizes.tp_size), ("sequence", sizes.sp_size)) if sizes is not None else ():
@@ -48,6 +48,12 @@ def refuse_layouts(recipe: Recipe, args: TrainingArguments) -> None:
             "training_args.deepspeed",
             "ZeRO-3 would save no weights; set zero_optimization.stage3_gather_16bit_weights_on_model_save: true there",
         )
+
+
+def context_parallel_gpus() -> int:
+    """Over how many GPUs the launcher splits each row; 0: it splits none."""
+    size = ParallelismConfig().cp_size if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") else 0
+    return size if size > 1 else 0
 
 
 def _is_set(variable: str) -> bool:

@@ -334,6 +334,8 @@ def make_trainer(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if recipe.dataset.packing:
+        # The probe has decided it by a small model (sft/training/packing_probe.py). This is the model that trains: with
+        # its adapters, quantised, on several devices, under autocast; and all there is where none could be built small.
         with trainer.accelerator.autocast():
             leak = leak_of_packed_rows(trainer.model, collate)
         if leak:

@@ -108,6 +108,13 @@ def test_a_nested_file_takes_the_flat_sections_it_has_no_word_for() -> None:
     assert recipe.resume_from_checkpoint is False
 
 
+def test_a_stream_is_not_packed_without_asking_for_it() -> None:
+    stream = ["dataset.streaming=true", "training_args.max_steps=1"]
+    assert load(LEAST, *stream).dataset.packing is False
+    assert load(LEAST, *stream, "dataset.packing=auto").dataset.packing is False
+    assert load(LEAST, "dataset.packing=true").dataset.packing is True
+
+
 def test_defaults_are_the_documented_ones() -> None:
     assert load(LEAST).to_dict() == {
         "model_name_or_path": "m",
@@ -126,7 +133,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "on_error": "error",
             "control_tokens": "error",
             "max_lost": 0.05,
-            "packing": True,
+            "packing": "auto",
             "columns": None,
             "near_duplicates": "report",
             "num_proc": None,
@@ -280,7 +287,7 @@ def test_all_problems_are_told_at_once() -> None:
     assert problems(text, "training_args.optim=adamw_torhc", "dataset.num_proc=0") == [
         "x.yaml:1: model_name_or_path: found 7; give text",
         "x.yaml:3: dataset.train: is an empty list; give at least one",
-        "x.yaml:4: dataset.packing: found 'yes'; give true or false",
+        "x.yaml:4: dataset.packing: found 'yes'; choose from auto, true, false",
         "x.yaml:5: dataset.max_lost: found 2; give a number at least 0 and at most 1",
         "override dataset.num_proc=0: found 0; give a number at least 1",
         "x.yaml:6: chat: found a list; give a mapping (key: value)",
@@ -388,8 +395,8 @@ def test_a_wrong_line_is_answered_with_what_to_do(line: str, problem: str) -> No
             "4: dataset.streaming: a stream has no known length; set training_args.max_steps",
         ),
         (
-            "dataset: {streaming: true}\ntraining_args: {max_steps: 1}",
-            "4: dataset.streaming: a stream is not packed; set dataset.packing: false",
+            "dataset: {streaming: true, packing: true}\ntraining_args: {max_steps: 1}",
+            "4: dataset.streaming: a stream is not packed; set dataset.packing: auto or false",
         ),
         (
             "dataset: {streaming: true, packing: false, test: 0.1}\ntraining_args: {max_steps: 1}",

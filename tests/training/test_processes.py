@@ -153,10 +153,25 @@ def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(one, tw
 
 
 def test_two_processes_learn_the_same_of_packed_rows_with_a_last_batch_that_is_not_full(recipe, tmp_path):
-    packed = ["dataset.packing=true", "dataset.test=null", "training_args.per_device_train_batch_size=2"]
+    """dataset.packing is auto, and packs as the first process finds, though a probe in the second would say no."""
+    packed = ["dataset.packing=auto", "dataset.test=null", "training_args.per_device_train_batch_size=2"]
+    script = tmp_path / "disagreeing.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        import run_sft
+        from sft import processes
+        from sft.training import packing_probe
+
+        if not processes.is_first():
+            packing_probe.probe = lambda *asked: packing_probe.Finding(False, "not here")
+        sys.exit(run_sft.main())
+        """),
+        encoding="utf-8",
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_sft.main([str(recipe), f"output_dir={one}", *packed, HALF]) == 0
-    run_two(recipe, two, *packed, "training_args.gradient_accumulation_steps=1")
+    run_two(recipe, two, *packed, "training_args.gradient_accumulation_steps=1", script=script)
     assert history(two).keys() == history(one).keys() and len(history(one)) > 6
     assert max(abs(history(two)[key] - value) for key, value in history(one).items()) < 1e-5
     assert_same_weights(two / "lora_adapter/adapter_model.safetensors", one / "lora_adapter/adapter_model.safetensors")

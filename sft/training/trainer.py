@@ -188,7 +188,12 @@ class CompletionTrainer(SFTTrainer):
 
     def _diverged(self, found: str) -> UserError:
         kept = checkpoints(self._output_dir)
-        where = f"{kept[-1]} is from before it" if kept else "no checkpoint was saved before it"
+        where = "no checkpoint was saved before it"
+        if kept:
+            key = "adapter" if hasattr(self.accelerator.unwrap_model(self.model), "peft_config") else "model"
+            where = (
+                f"{kept[-1]} is from before it: name it as {key}_name_or_path, and another output_dir, to go on with it"
+            )
         return UserError(
             f"{found}; {where}\nlower training_args.learning_rate or max_grad_norm, train in bfloat16 and not in "
             "float16, and look at the rows with --check"

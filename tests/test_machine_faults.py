@@ -49,8 +49,11 @@ PHASES = {
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A folder with a tiny model and data, and the adapter of a run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("job")
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+def make_job(folder):
+    """In a folder: a tiny model, its data, and the adapter of a run that nothing happens to."""
     chatter = random_chatter("smollm2")
     chatter.model.save_pretrained(folder / "model")
     chatter.encoder.tokenizer.save_pretrained(folder / "model")

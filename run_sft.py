@@ -4,9 +4,10 @@ import argparse
 import ctypes
 import gc
 import logging
+import signal
 import sys
 
-from sft import processes
+from sft import faults, processes
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
 
@@ -88,6 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.recipe is None:
         parser.error("name a recipe, e.g. recipes/smollm2_cpu.yaml (recipes/ holds ready ones)")
+    with faults.ended_by_the_machine():
+        return run_or_tell(options)
+
+
+def run_or_tell(options: argparse.Namespace) -> int:
+    """Runs what was asked for; what the user, or the machine, is to mend is told in one message. Returns: exit code."""
+    recipe = None
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         set_up(options.debug)
@@ -104,13 +112,28 @@ def main(arguments: list[str] | None = None) -> int:
         processes.part()
         return code
     except UserError as error:
-        if processes.tells(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        processes.part(error)
-        return getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return tell(error)
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        goes_on = ""
+        if recipe is not None and recipe.output_dir.is_dir() and not options.check:
+            goes_on = f": what {recipe.output_dir} holds is kept, and the same command goes on from it"
+        if processes.is_first():
+            print(f"stopped by {signal.Signals(number).name}{goes_on}", file=sys.stderr, flush=True)
+        return faults.exit_code(number)
+    except Exception as error:
+        if recipe is None or (known := faults.as_user_error(error, recipe.output_dir)) is None:
+            raise
+        logging.debug("what was raised", exc_info=error)
+        return tell(known)
+
+
+def tell(error: UserError) -> int:
+    """Prints an error, once where several processes have it. Returns: the exit code."""
+    if processes.tells(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    processes.part(error)
+    return getattr(error, "exit_code", 2)
 
 
 if __name__ == "__main__":

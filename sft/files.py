@@ -3,15 +3,88 @@
 All text is UTF-8 with "\\n" at the end of a line, on every system.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sft.errors import UserError
+
+_WRITABLE = "make it writable, or name another folder"
+_LOOK = "look at the disk, or at the network that it hangs on"
+# What only the user can mend. With it goes: the same command again, since what was saved before is kept.
+MACHINE_ERRORS = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "your quota there is used up: remove something of yours",
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.EIO: _LOOK,
+    errno.ESTALE: _LOOK,
+    errno.ENOTCONN: _LOOK,
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or name another folder",
+}
+
+
+def write_failure(error: BaseException, path: Path) -> UserError | None:
+    """Why `path` cannot be written and what to do, of an error of any library; None: it is another kind of error."""
+    number = _error_number(error, path)
+    if number is None:
+        return None
+    found = os.strerror(number)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+        found += f", {shutil.disk_usage(folder).free / 1e9:.3f} GB are free"
+    told = f"{path} cannot be written: {found}"
+    if advice := MACHINE_ERRORS.get(number):
+        told += f"; {advice}, and run the same command again: what was saved before is kept"
+    return UserError(told)
+
+
+def _error_number(error: BaseException, path: Path) -> int | None:
+    """The system's number for what went wrong; of torch, which keeps it to itself, from writing there once more."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors and tokenizers, which are Rust
+        return int(found[1])
+    if not isinstance(error, RuntimeError) or not re.search("inline_container|Parent directory", str(error)):
+        return None
+    try:
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent) as probe:
+            probe.write(bytes(2**20))
+    except OSError as told:
+        return told.errno
+    return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes a file or a folder. Raises: UserError: it cannot be written, and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (told := write_failure(error, path)) is None:
+            raise
+        raise told from None
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises: UserError: fewer than `needed` bytes are free there, before they are half-written."""
+    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.is_dir())).free
+    if needed > free:
+        raise UserError(
+            f"{folder} takes {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; free some space there, and run "
+            "the same command again: what was saved before is kept"
+        )
 
 
 @contextmanager
@@ -22,11 +95,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as stream:
-            yield stream
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        with writing(path):
+            with open(partial, "wb") as stream:
+                yield stream
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):  # on a disk that cannot be written there is nothing to remove either
+            partial.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -64,6 +139,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Raises: OSError: it cannot be written; the caller knows what the user can do about it.
     """
+    folder = folder.resolve() if folder.is_symlink() else folder  # a link says which disk
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     _put_back(old, folder)
     shutil.rmtree(partial, ignore_errors=True)

@@ -26,8 +26,8 @@ from sft.data.chat import ChatEncoder
 from sft.data.chat_template import shows_day
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, first_conversations, prepare
-from sft.errors import UserError
-from sft.files import write_json
+from sft.faults import memory_advice
+from sft.files import write_json, writing
 from sft.model.load import check_targets, checkpoint_dtype, load_model, load_trained, meta_model
 from sft.model.lora import add_lora
 from sft.model.machine import check_machine, use_cpu
@@ -43,11 +43,20 @@ from sft.results.summary import run_summary
 from sft.results.words import parity_line
 from sft.training import check, packing_probe, parallel, resume, trainer
 from sft.training.memory import kept_bytes, memory_line
-from sft.training.stop import StopAtSignal, Stopped, interrupted
+from sft.training.stop import StopAtSignal
 from sft.training.trainer import CompletionTrainer
 from sft.training.triton_probe import why_triton_fails
 
 __all__ = ["add_lora", "describe_run", "load_tokenizer"]
+
+LOAD_ADVICE = "quantise the model (quantization_config.load_in_4bit: true), or name a smaller one"
+SCORE_ADVICE = (
+    "lower evaluation.batch_size or evaluation.generation.max_new_tokens; --score takes up the answers so far"
+)
+MERGE_ADVICE = (
+    "what was saved above is kept; set export.merge: false, and merge with --export on a machine that holds the "
+    "unquantised model"
+)
 
 
 class Clock:
@@ -123,6 +132,7 @@ def decide_packing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return dataclasses.replace(recipe, dataset=dataclasses.replace(recipe.dataset, packing=packs)), why
 
 
+@memory_advice("lower dataset.num_proc, or hand the machine more memory; rows are tokenised a batch at a time")
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, packing_why: str) -> Data:
     """The data of a recipe, and its ledger on the terminal."""
     data = processes.agree(lambda: prepare(recipe, tokenizer))
@@ -160,29 +170,41 @@ def output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: 
 
     Raises: UserError: it cannot be written, or another run is writing there.
     """
+    processes.decide(lambda: say(_disk_line(recipe, meta_model, data)))
+    with sole_writer(recipe):
+        processes.decide(lambda: _describe(recipe, description, data, meta_model))
+        yield
+
+
+@contextmanager
+def sole_writer(recipe: Recipe) -> Iterator[None]:
+    """Makes output_dir, and keeps every other run, --score and --export out of it while it is open.
+
+    Raises: UserError: it cannot be written, or another run is writing there.
+    """
     lock = FileLock(recipe.output_dir / ".lock")  # the system lets go of it when a run is killed
-    processes.decide(lambda: _begin_output(recipe, description, data, meta_model, lock))
+    processes.decide(lambda: _lock(recipe, lock))
     try:
         yield
     finally:
         if lock.is_locked:
+            if isinstance(lock, FileLock) and sys.platform != "win32":  # elsewhere the lock removes it itself
+                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: later it might be the next run's
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _begin_output(
-    recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel, lock: BaseFileLock
-) -> None:
-    say(_disk_line(recipe, meta_model, data))
+def _lock(recipe: Recipe, lock: BaseFileLock) -> None:
     export.make_output_dir(recipe)
     try:
-        lock.acquire(timeout=0)
+        with writing(recipe.output_dir):
+            lock.acquire(timeout=0)
     except Timeout:
         raise recipe.error(
             "output_dir", f"another run is writing to {recipe.output_dir}; wait until it ends, or name another folder"
         ) from None
-    except OSError as error:
-        raise recipe.error("output_dir", f"{recipe.output_dir} cannot be written: {error.strerror}") from None
+
+
+def _describe(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> None:
     write_json(recipe.output_dir / "training_config.json", description)
     data.ledger["memory"] = kept_bytes(recipe, meta_model)
     write_json(recipe.output_dir / "data_ledger.json", data.ledger)
@@ -194,12 +216,17 @@ def _disk_line(recipe: Recipe, meta_model: PreTrainedModel, data: Data) -> str:
     return check.check_disk(recipe, weights, check.trained_weights(recipe, meta_model), trainer.steps(recipe, data))
 
 
+@memory_advice(LOAD_ADVICE)
 def load_for_training(recipe: Recipe) -> PreTrainedModel:
     """The base model; with FSDP its weights are read once a machine, with ZeRO-3 each process keeps its part."""
     args = trainer.training_config(recipe)  # held while the model is read: by it transformers knows of ZeRO-3
     return load_model(recipe, read_by_first=parallel.is_read_once(args))
 
 
+@memory_advice(
+    "lower training_args.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
+    "training_args.activation_checkpointing: true, lower dataset.max_length, or quantise: load_in_4bit: true"
+)
 def train(
     recipe: Recipe,
     model: PreTrainedModel | PeftModel,
@@ -217,57 +244,45 @@ def train(
     finished = checkpoint if done else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
-    with StopAtSignal() as stop, memory_advice():
+    with StopAtSignal() as stop:
         trained = trainer.make_trainer(recipe, model, tokenizer, data, [stop])
         if finished:
             trained.take_up(finished)
-            return trained
-        trained.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if (signal_number := stop.agreed) is not None and trained.state.global_step < trained.state.max_steps:
-        processes.decide(lambda: _stopped(signal_number, recipe))
-    trained.save_state()
+        else:
+            trained.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.agree():
+            processes.decide(lambda: _stop(stop, recipe))
+    if not finished or not (recipe.output_dir / "trainer_state.json").is_file():
+        trained.save_state()
     return trained
 
 
-def _stopped(signal_number: int, recipe: Recipe) -> None:
-    raise Stopped(str(interrupted(signal_number, recipe)))
-
-
-@contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turns a GPU out of memory into advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory ran out: {str(error).splitlines()[0]}\n"
-            "lower training_args.per_device_train_batch_size (and raise gradient_accumulation_steps), set "
-            "training_args.activation_checkpointing: true, lower dataset.max_length, or quantise: load_in_4bit: true"
-        ) from None
+def _stop(stop: StopAtSignal, recipe: Recipe) -> None:
+    raise stop.stopped(recipe.output_dir)
 
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the GPU"
 
 
+@memory_advice(MERGE_ADVICE)
 def save(recipe: Recipe, trained: CompletionTrainer, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder) -> None:
     """lora_adapter/ and final_model/: every process adds its part of the weights, and the first does the rest."""
     folder = export.staging(recipe)
     has_lora = hasattr(trained.accelerator.unwrap_model(trained.model), "peft_config")
+    trained.refuse_broken_weights()
     processes.decide(lambda: shutil.rmtree(folder, ignore_errors=True))
-    if has_lora or trained.is_sharded:
-        processes.agree(lambda: _save_whole(trained, folder))
     try:
+        if has_lora or trained.is_sharded:
+            processes.agree(lambda: _save_whole(trained, folder))
         processes.decide(lambda: _publish(recipe, trained, tokenizer, encoder, has_lora))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_whole(trained: CompletionTrainer, folder: Path) -> None:
-    try:
+    with writing(folder.parent):
         trained.save_whole(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 def _publish(
@@ -309,31 +324,30 @@ def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> No
     say(parity_line(description["parity"]))
 
 
+@memory_advice(SCORE_ADVICE)
 def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
     """Scores base and tuned on the test split, if there is one; each process answers its share."""
     if not data.test_conversations:
         return
     if trained.is_sharded:
         trained.free_memory(model=True)
-        with memory_advice():
-            evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe))
+        evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe))
         return
     trained.free_memory(model=False)
     # Without the autocast that training put around forward: --score, later, has none.
     model: Any = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
     digest = processes.decide(lambda: export.weights_digest(recipe))
-    with memory_advice():
-        if hasattr(model, "disable_adapter"):
-            base, adapter_on = model, False
-        else:
-            base, adapter_on = load_model(recipe, training=False), True
-            base.to(model.device)
-            model.to(base.dtype)
-        models = [
-            EvaluatedModel("base", base, adapter_on, recipe.model_name_or_path),
-            EvaluatedModel("tuned", model, True, digest),
-        ]
-        evaluate_models(recipe, data.encoder, data.test_conversations, models)
+    if hasattr(model, "disable_adapter"):
+        base, adapter_on = model, False
+    else:
+        base, adapter_on = load_model(recipe, training=False), True
+        base.to(model.device)
+        model.to(base.dtype)
+    models = [
+        EvaluatedModel("base", base, adapter_on, recipe.model_name_or_path),
+        EvaluatedModel("tuned", model, True, digest),
+    ]
+    evaluate_models(recipe, data.encoder, data.test_conversations, models)
 
 
 def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:

@@ -4,14 +4,16 @@ import json
 
 from sft import processes
 from sft.data.splits import prepare
+from sft.faults import memory_advice
 from sft.model.machine import check_machine
 from sft.model.tokenizer import load_tokenizer
 from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import evaluate_models, models_on_disk
+from sft.results.scores import Scores
 from sft.results.summary import run_summary
-from sft.run import check_parity, join_processes, settle_day
+from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, settle_day, sole_writer
 
 
 def score_again(recipe: Recipe) -> int:
@@ -23,13 +25,18 @@ def score_again(recipe: Recipe) -> int:
     recipe = settle_day(recipe, tokenizer)
     check_machine(recipe)
     data = processes.agree(lambda: prepare(recipe, tokenizer, scoring_only=True))
-    export.make_output_dir(recipe)
-    models = models_on_disk(recipe)
-    if len(models) == 1:
-        say(f"{recipe.output_dir} holds no run: scoring {recipe.model_name_or_path} alone")
-    scores = evaluate_models(recipe, data.encoder, data.test_conversations, models)
-    if not processes.is_first():
-        return 0
+    with sole_writer(recipe), memory_advice(SCORE_ADVICE):
+        models = models_on_disk(recipe)
+        if len(models) == 1:
+            say(f"{recipe.output_dir} holds no run: scoring {recipe.model_name_or_path} alone")
+        scores = evaluate_models(recipe, data.encoder, data.test_conversations, models)
+        if processes.is_first():
+            _tell(recipe, scores)
+    return 0
+
+
+def _tell(recipe: Recipe, scores: Scores) -> None:
+    """The page of the run anew, and its summary on the terminal; of a model without a run its scores."""
     if (recipe.output_dir / "training_config.json").is_file():
         page.write_report(recipe.output_dir)
         say(run_summary(recipe.output_dir))
@@ -38,7 +45,6 @@ def score_again(recipe: Recipe) -> int:
             for name, entry in entries.items():
                 shown = entry.get("reason") or round(entry["score"] or 0.0, 2)
                 say(f"{f'{model_name} {name}':<24}{shown}")
-    return 0
 
 
 def export_again(recipe: Recipe) -> int:
@@ -51,6 +57,8 @@ def export_again(recipe: Recipe) -> int:
     tokenizer = load_tokenizer(recipe)
     recipe = settle_day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
-    say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
-    check_parity(recipe, json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8")), data)
+    with sole_writer(recipe), memory_advice(MERGE_ADVICE):
+        say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
+        config = json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8"))
+        check_parity(recipe, config, data)
     return 0

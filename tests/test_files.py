@@ -5,7 +5,7 @@ from datetime import date
 import pytest
 
 from sft.errors import UserError
-from sft.files import whole_folder, write_bytes, write_json, write_json_lines, write_text
+from sft.files import require_space, whole_folder, write_bytes, write_json, write_json_lines, write_text
 
 
 def names(folder):
@@ -70,6 +70,21 @@ def test_a_folder_stays_as_it_was_where_its_successor_breaks_off(error, tmp_path
         write_text(folder / "new", "")
         raise error
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["old"]
+
+
+def test_a_folder_that_is_a_link_is_filled_where_the_link_points(tmp_path):
+    (tmp_path / "big_disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "big_disk", target_is_directory=True)
+    with whole_folder(tmp_path / "model") as folder:
+        write_text(folder / "new", "")
+    assert (tmp_path / "model").is_symlink() and names(tmp_path / "big_disk") == ["new"]
+    assert names(tmp_path) == ["big_disk", "model"]
+
+
+def test_a_folder_that_the_disk_has_no_place_for_is_refused_before_it_is_written(tmp_path):
+    require_space(tmp_path / "model", 1)
+    with pytest.raises(UserError, match=r"model takes 1000000000\.000 GB, and .* GB are free; free some space there"):
+        require_space(tmp_path / "model", 10**18)
 
 
 def test_what_a_killed_run_left_beside_a_folder_does_not_get_into_it(tmp_path):

@@ -61,7 +61,7 @@ def whole_run(folder: Path) -> Iterator[Line]:
     process.send_signal(signal.SIGTERM)
     code = process.wait()
     steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*"))
-    stopped = code == 130 and len(steps) == 1
+    stopped = code == 143 and len(steps) == 1
     yield judged("stop", stopped, f"SIGTERM: exit code {code}, checkpoints {steps}; {_last_line(log)}")
 
     last = max(steps) + 2

@@ -15,8 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation, assistant_turns
-from sft.errors import UserError
-from sft.files import json_line, write_json_lines
+from sft.files import json_line, write_json_lines, writing
 from sft.model.lora import base_of
 from sft.recipe import Recipe
 
@@ -110,24 +109,22 @@ class Answers:
             self.entries[entry["model"], entry["key"]] = entry
         # Without the broken line, and so that no answer can be lost on the way.
         write_json_lines(path, [provenance, *lines])
-        try:
+        with writing(path):
             self._file = open(path, "a", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def add(self, model: str, key: str, text: str, finished: bool) -> None:
         entry = Answer(model=model, key=key, text=text, finished=finished)
         self.entries[model, key] = entry
-        self._file.write(json_line(entry))
+        with writing(self.path):
+            self._file.write(json_line(entry))
 
     def flush(self) -> None:
-        try:
+        with writing(self.path):
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
 
 def _answer_lines(path: Path, provenance: dict[str, Any]) -> list[Answer]:

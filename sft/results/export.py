@@ -16,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import processes
 from sft.data.ledger import Ledger
-from sft.errors import UserError
-from sft.files import whole_folder
+from sft.files import require_space, whole_folder, writing
 from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, save_chatglm, save_glm
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
@@ -74,11 +73,8 @@ def make_output_dir(recipe: Recipe) -> None:
 @contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
     """The folder to fill, beside its place until it is whole. Raises: UserError: it cannot be written."""
-    try:
-        with whole_folder(folder) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from None
+    with writing(folder), whole_folder(folder) as partial:
+        yield partial
 
 
 def staging(recipe: Recipe) -> Path:
@@ -111,6 +107,7 @@ def save_final_model(
         adapted = load_adapter(base, str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
         trained = cast(PreTrainedModel, adapted.merge_and_unload(safe_merge=True))
     final = recipe.output_dir / "final_model"
+    require_space(final, sum(weight.nbytes for weight in trained.parameters()))
     with output_folder(final) as folder:
         _set_stops(trained, tokenizer, stop_ids)
         _save_pretrained(recipe, trained, tokenizer, folder)

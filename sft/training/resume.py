@@ -22,7 +22,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
     found = []
     for folder in output_dir.glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
-        if step.isdigit() and _is_whole(folder):
+        if step.isdigit() and is_whole(folder):
             found.append((int(step), folder))
     return [folder for _, folder in sorted(found)]
 
@@ -33,8 +33,8 @@ def is_finished(checkpoint: Path, total_steps: int) -> bool:
     return state.global_step >= state.max_steps >= total_steps
 
 
-def _is_whole(folder: Path) -> bool:
-    """trainer_state.json is what the Trainer writes last."""
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: trainer_state.json is what the Trainer writes last."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
         if not chosen.is_dir():
             near = ", ".join(str(folder) for folder in checkpoints(output)) or "none"
             raise recipe.error("resume_from_checkpoint", f"there is no checkpoint {chosen}; there is {near}")
-        if not _is_whole(chosen):
+        if not is_whole(chosen):
             raise recipe.error("resume_from_checkpoint", f"{chosen} is not a whole checkpoint (no trainer_state.json)")
     _refuse_other_run(recipe, description, chosen)
     return chosen

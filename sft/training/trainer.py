@@ -1,5 +1,6 @@
 """Training with TRL's SFTTrainer; the only file that knows it."""
 
+import dataclasses
 import gc
 import importlib.util
 import math
@@ -22,13 +23,15 @@ from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.errors import UserError
+from sft.files import write_json, writing
 from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.model.machine import autocast_dtype, use_cpu
 from sft.model.source import first_line
 from sft.recipe import Recipe
 from sft.training import parallel
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
-from sft.training.resume import checkpoints
+from sft.training.resume import checkpoints, is_whole
+from sft.training.stop import GivenUp, RandomStates
 from sft.training.triton_probe import why_triton_fails
 
 # report_to: the module that each of them needs. tensorboard and the others are optional installs.
@@ -152,29 +155,71 @@ class CompletionTrainer(SFTTrainer):
             raise self._diverged(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
         return loss
 
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def _checkpoint(self) -> Path:
+        """Where the weights of the last step that has ended are saved, or will be."""
+        return self._output_dir / f"checkpoint-{self.state.global_step}"
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.refuse_broken_weights()
+        try:
+            with writing(self._checkpoint):
+                super()._save_checkpoint(*args, **kwargs)
+        finally:
+            if processes.is_first() and not is_whole(self._checkpoint):
+                shutil.rmtree(self._checkpoint, ignore_errors=True)  # on a full disk its place is needed
+
+    def save_state(self) -> None:
+        """trainer_state.json as transformers writes it, but whole or not at all."""
+        if processes.is_first():
+            write_json(self._output_dir / "trainer_state.json", dataclasses.asdict(self.state))
+
+    def refuse_broken_weights(self) -> None:
+        """Every process must call it. Raises: UserError: weights that are no numbers, before they replace good ones."""
         model: Any = self.accelerator.unwrap_model(self.model)
         trained = (weight.detach() for weight in model.parameters() if weight.requires_grad)
         own = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in trained)  # of FSDP: a part
         if processes.highest(int(not all(torch.isfinite(weight).all() for weight in own))):
             raise self._diverged(f"weights are no numbers any more after step {self.state.global_step}")
-        super()._save_checkpoint(*args, **kwargs)
 
     def _diverged(self, found: str) -> UserError:
-        kept = checkpoints(Path(str(self.args.output_dir)))
-        where = f"{kept[-1]} is from before it" if kept else "no checkpoint was saved before it"
+        kept = checkpoints(self._output_dir)
+        where = "no checkpoint was saved before it"
+        if kept:
+            key = "adapter" if hasattr(self.accelerator.unwrap_model(self.model), "peft_config") else "model"
+            where = (
+                f"{kept[-1]} is from before it: name it as {key}_name_or_path, and another output_dir, to go on with it"
+            )
         return UserError(
             f"{found}; {where}\nlower training_args.learning_rate or max_grad_norm, train in bfloat16 and not in "
             "float16, and look at the rows with --check"
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains. A step or a validation that a signal has cut short leaves the checkpoint of the step before it."""
         with attention_per_conversation(self.model):
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            except GivenUp:
+                if self.state.global_step and not processes.decide(lambda: is_whole(self._checkpoint)):
+                    self._save_checkpoint(self.model, trial=None)
+                return None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with attention_per_conversation(self.model):
-            return super().evaluate(*args, **kwargs)
+        """Validates, and puts the random states back: a data loader draws a seed.
+
+        Otherwise a run would part from the one that goes on from its checkpoint and has not validated in between.
+        """
+        before = RandomStates()
+        try:
+            with attention_per_conversation(self.model):
+                return super().evaluate(*args, **kwargs)
+        finally:
+            before.restore()
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""

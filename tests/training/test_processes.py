@@ -308,7 +308,7 @@ def test_a_signal_to_one_process_or_to_the_launcher_saves_once_and_stops_all(rec
     assert said.count(f"stopped by {number.name}: {left[0]} is saved") == 1, said
     assert not any(worker.is_running() for worker in workers) and process.returncode != 0
     if whom == "second":  # of the processes that it ends itself the launcher tells nothing
-        assert re.findall(r"exitcode +: (-?\d+)", said) == ["130", "130"], said
+        assert re.findall(r"exitcode +: (-?\d+)", said) == ["143", "143"], said
 
 
 def test_an_error_of_one_process_is_raised_in_all_and_told_once(tmp_path):

@@ -29,6 +29,7 @@ from sft.model.lora import add_lora
 from sft.model.machine import check_machine, use_cpu
 from sft.model.source import find_model
 from sft.model.tokenizer import load_tokenizer
+from sft.plain_text import PlainFormatter
 from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import export, page
@@ -62,6 +63,8 @@ def set_up(recipe: Recipe, debug: bool) -> None:
     """How much the libraries say, and the seed."""
     for library in (transformers.logging, datasets.logging):
         (library.set_verbosity_debug if debug else library.set_verbosity_error)()
+        for handler in library.get_logger().handlers:  # the libraries' own write by them to the terminal
+            handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
     if not debug:
         warnings.filterwarnings("ignore")
         transformers.logging.disable_progress_bar()
@@ -111,7 +114,8 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     legend = "green" if colour else "between [[ and ]]"
     for sample in data.ledger["samples"]:
-        say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
+        say(f"\n{sample['place']} (trained on: {legend})")
+        say(check.render_pieces(sample["pieces"], colour), is_plain=True)
     say("\n" + check.stop_token_line(data, tokenizer))
     line, fits = memory_line(recipe, meta_model, use_cpu(recipe), data.longest)
     say(line)

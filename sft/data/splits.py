@@ -211,7 +211,7 @@ def _streamed_rows(
     given = 0
     for source, file in files:
         tokeniser = FileTokeniser(encoder, recipe, source.format)
-        for batch in tokeniser.batches(read_rows(file)):
+        for batch in tokeniser.batches(read_rows(file), file):
             refuse_problems([(str(file), tokeniser.problems)], recipe)
             tokeniser.problems.clear()
             given += len(batch)

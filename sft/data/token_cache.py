@@ -29,6 +29,7 @@ from sft.data.signatures import SIGNATURE_BYTES
 from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
 from sft.errors import DataError
 from sft.files import whole_folder
+from sft.plain_text import plain_text
 from sft.recipe import Recipe
 
 
@@ -97,13 +98,13 @@ def _frozen_heap() -> Iterator[None]:
 def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     with (
         _frozen_heap(),
-        tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
+        tqdm(desc=f"Tokenising {plain_text(file)}", unit=" rows", disable=None, leave=False) as bar,
         open(folder / "rows.arrow", "wb") as sink,
         open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
         tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
-        for batch in tokeniser.batches(read_rows(file)):
+        for batch in tokeniser.batches(read_rows(file), file):
             writer.write_batch(batch)
             bar.update(tokeniser.rows_read - bar.n)
     tokeniser.reader.refuse_unused_columns(file)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.splits import Data
 from sft.errors import ModelError
+from sft.plain_text import plain_text
 from sft.recipe import Recipe
 
 Pieces = list[tuple[str, bool]]  # (text, does it carry loss), in order
@@ -31,7 +32,8 @@ def mask_pieces(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], mask: 
 def render_pieces(pieces: Pieces, colour: bool) -> str:
     """For the terminal: green is trained on; without colour it stands between [[ and ]]."""
     on, off = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    return "".join(f"{on}{text}{off}" if trained else text for text, trained in pieces)
+    shown = [(plain_text(text), trained) for text, trained in pieces]
+    return "".join(f"{on}{text}{off}" if trained else text for text, trained in shown)
 
 
 def stop_token_line(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,7 +32,7 @@ from sft.model.tokenizer import load_tokenizer
 from sft.plain_text import PlainFormatter
 from sft.processes import say
 from sft.recipe import Recipe
-from sft.results import export, page
+from sft.results import export, page, run_folder
 from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
 from sft.results.parity import prove_parity
@@ -102,6 +102,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     """The data of a recipe, and its ledger on the terminal."""
     data = processes.agree(lambda: prepare(recipe, tokenizer))
+    check.refuse_unknown_ids(recipe, data)
     data.ledger["samples"] = check.samples(data, tokenizer)
     say(ledger_table(data.ledger))
     if recipe.dataset.test is None:
@@ -135,14 +136,20 @@ def output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: 
 
     Raises: UserError: it cannot be written, or another run is writing there.
     """
+    put_back = run_folder.kept(recipe.output_dir)
     lock = FileLock(recipe.output_dir / ".lock")  # the system lets go of it when a run is killed
     processes.decide(lambda: _begin_output(recipe, description, data, meta_model, lock))
     try:
-        yield
-    finally:
-        if lock.is_locked:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if lock.is_locked:
+                lock.release()
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except UserError:
+        if processes.is_first():
+            put_back()
+        raise
 
 
 def _begin_output(

@@ -67,7 +67,7 @@ class ChatTemplate:
             return joined(template.root_render_func(template.new_context(variables, shared=True)))
         except (jinja2.TemplateError, TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
             raise FormatError(f"the chat template refuses this conversation: {error}") from None
-        except RecursionError:
+        except (RecursionError, MemoryError):
             raise ModelError("the chat template calls itself without an end, or too deep; mend its macros") from None
 
 

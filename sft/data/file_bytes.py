@@ -14,8 +14,8 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-MAX_ROW = 2**25  # bytes of a line, characters of an element or a cell: ten times what a million tokens take
-MAX_RATIO, FREE_BYTES = 300, 2**26  # what a packed file may unpack to: so many times its size, and so much in any case
+MAX_ROW = 2**24  # bytes of a line, characters of an element or a cell: three times what a million tokens take
+MAX_RATIO, FREE_BYTES = 300, 2**26  # what bytes may unpack to: so many times more, and so much in any case
 MAGIC = {  # first bytes of files that are named as text: what they are, and what to do
     b"\x1f\x8b": "is packed with gzip; give its name the ending .gz, or unpack it",
     b"\x28\xb5\x2f\xfd": "is packed with Zstandard; give its name the ending .zst, or unpack it",
@@ -29,30 +29,29 @@ MAGIC = {  # first bytes of files that are named as text: what they are, and wha
 }
 BOM = b"\xef\xbb\xbf"
 PIECE = 2**20  # bytes unpacked at once
-UNPACKERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": zstd.open}
+UNPACKERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".zst": zstd.open}
 
 
 def open_bytes(file: Path) -> BinaryIO:
     """The file as bytes, unpacked. Raises: DataError: by its first bytes it is no UTF-8, or packed once more."""
-    unpack = UNPACKERS.get(file.suffix.lower())
-    stream: BinaryIO = unpack(file) if unpack else open(file, "rb")
+    unpack, packed = UNPACKERS.get(file.suffix.lower()), open(file, "rb")
+    stream: BinaryIO = unpack(packed) if unpack else packed
     head = stream.read(4)
     what = next((what for magic, what in MAGIC.items() if head.startswith(magic)), None)
     if what is None and b"\0" in head:
         what = MAGIC[b"\xff\xfe"]
     if what:
-        stream.close()
+        packed.close()
         raise DataError(f"{file}: {what}")
     stream.seek(0)
-    return cast(BinaryIO, io.BufferedReader(_Unpacked(file, stream), PIECE)) if unpack else stream
+    return cast(BinaryIO, io.BufferedReader(_Unpacked(file, packed, stream), PIECE)) if unpack else stream
 
 
 class _Unpacked(io.RawIOBase):
     """The stream of a packed file, which stops one that unpacks to far more than texts do: a bomb."""
 
-    def __init__(self, file: Path, stream: BinaryIO):
-        self._file, self._stream, self._bytes = file, stream, 0
-        self._most = max(FREE_BYTES, MAX_RATIO * file.stat().st_size)
+    def __init__(self, file: Path, packed: BinaryIO, stream: BinaryIO):
+        self._file, self._packed, self._stream, self._bytes = file, packed, stream, 0
 
     def readable(self) -> bool:
         return True
@@ -60,15 +59,16 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         piece = self._stream.read(len(buffer))
         self._bytes += len(piece)
-        if self._bytes > self._most:
+        if self._bytes > max(FREE_BYTES, MAX_RATIO * self._packed.tell()):
             raise DataError(
-                f"{self._file}: unpacks to more than {MAX_RATIO} times its size; if that is right, unpack it yourself"
+                f"{self._file}: unpacks to more than {MAX_RATIO} times as much; if that is right, unpack it yourself"
             )
         buffer[: len(piece)] = piece
         return len(piece)
 
     def close(self) -> None:
         self._stream.close()
+        self._packed.close()
         super().close()
 
 

@@ -1,9 +1,9 @@
 """Bounds for what a chat template may do in one rendering, for it comes with a model, and anybody may have written it.
 
 Jinja's sandbox, which transformers renders in, keeps a template from Python's insides and from files, but not from
-loops that take days or texts that fill the memory. Here each step of a loop, each call, and each 1,024 characters or
-items that are kept or gone through cost one unit of a budget. `+`, `~` and plain output cost nothing, for speed: what
-they make is counted where it is kept, given to a call, or put together.
+loops that take days or texts that fill the memory. Here each step of a loop costs as many units of a budget as its body
+has parts, and a call, and text that is kept or gone through, cost some too. `+`, `~` and plain output cost nothing, for
+speed: what they make is counted where it is kept, given to a call, or put together.
 """
 
 import re
@@ -19,8 +19,10 @@ from jinja2.visitor import NodeTransformer
 
 from sft.errors import ModelError
 
-BUDGET = 2**22  # units of one rendering, one or two seconds; a dialogue of a thousand messages takes some thousands
-LARGEST = 2**28  # characters or items of one value
+BUDGET = 2**24  # units of one rendering, a few seconds at most; a dialogue of a thousand messages takes some 300,000
+OF_CALL = 100  # units, by the time that it takes
+OF_TEXT = 256  # characters or items that cost one unit
+LARGEST = 2**26  # characters or items of one value, twice what a row may have
 LARGEST_BITS = 1024  # of a whole number
 CHEAP = {"trim", "length", "count", "string", "lower", "upper", "first", "last", "default", "d", "list", "items"}
 # Methods of text that can make much of little; `translate` takes no table that a template can write.
@@ -69,24 +71,31 @@ def _charge_product(values: Iterable[Any], is_format: bool = False) -> None:
         widths = [int(width[:20]) for value in values if isinstance(value, str) for width in WIDTH.findall(value)]
         sizes = sorted([*sizes, *widths], reverse=True)
     product = max(1, sizes[0]) * max(1, *sizes[1:2], 1) if sizes else 0
-    _spend(product // 1024 if product <= LARGEST else BUDGET + 1)
+    _spend(product // OF_TEXT if product <= LARGEST else BUDGET + 1)
 
 
 @jinja2.pass_context  # so that Jinja does not do it once for all where the value is a constant
 def _kept(context: Any, value: Any) -> Any:
     """A value that gets a name."""
-    if type(value) in SIZED and len(value) > 1023:  # by type: isinstance asks a Namespace for its class, slowly
-        _spend(len(value) // 1024 if len(value) <= LARGEST else BUDGET + 1)
+    if type(value) in SIZED and len(value) >= OF_TEXT:  # by type: isinstance asks a Namespace for its class, slowly
+        _spend(len(value) // OF_TEXT if len(value) <= LARGEST else BUDGET + 1)
     return value
 
 
 @jinja2.pass_context
-def _gone_through(context: Any, items: Any) -> Any:
-    """What a loop goes through, counted before."""
+def _gone_through(context: Any, items: Any, parts: int) -> Any:
+    """What a loop, with a body of so many parts, goes through."""
     if not hasattr(items, "__len__"):
         items = list(items)
-    _spend(len(items) + 1)
+    _spend((len(items) + 1) * parts)
     return items
+
+
+@jinja2.pass_context
+def _done(context: Any, value: Any, parts: int) -> Any:
+    """Before a body of so many parts is done."""
+    _spend(parts)
+    return value
 
 
 def joined(pieces: Iterable[str]) -> str:
@@ -94,7 +103,7 @@ def joined(pieces: Iterable[str]) -> str:
     stream, parts = iter(pieces), []
     while some := list(islice(stream, 4096)):
         size = sum(map(len, some))
-        _spend(size // 1024 if size <= LARGEST else BUDGET + 1)
+        _spend(size // OF_TEXT if size <= LARGEST else BUDGET + 1)
         parts.append("".join(some))
     return "".join(parts)
 
@@ -103,9 +112,18 @@ class _Counting(NodeTransformer):
     """Puts the counting functions into a template: around what loops go through and what is given a name."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
+        parts = _parts(node)
         self.generic_visit(node)
-        node.iter = _through("_gone_through", node.iter)
+        node.iter = _through("_gone_through", node.iter, parts)
         return node
+
+    def visit_Macro(self, node: Any) -> nodes.Node:
+        counting = nodes.If(_through("_done", nodes.Const(False, lineno=node.lineno), _parts(node)), [], [], [])
+        self.generic_visit(node)
+        node.body.insert(0, counting.set_lineno(node.lineno))
+        return node
+
+    visit_CallBlock = visit_Block = visit_Macro
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
         self.generic_visit(node)
@@ -118,8 +136,13 @@ class _Counting(NodeTransformer):
         return node
 
 
-def _through(function: str, node: Any) -> nodes.Filter:
-    return nodes.Filter(node, function, [], [], None, None, lineno=node.lineno)
+def _parts(node: nodes.Node) -> int:
+    return sum(1 for _ in node.find_all(nodes.Node))
+
+
+def _through(function: str, node: Any, *numbers: int) -> nodes.Filter:
+    arguments = [nodes.Const(number, lineno=node.lineno) for number in numbers]
+    return nodes.Filter(node, function, arguments, [], None, None, lineno=node.lineno)
 
 
 def bound(environment: Any) -> None:
@@ -127,20 +150,20 @@ def bound(environment: Any) -> None:
     call, call_binop = environment.call, environment.call_binop
 
     def counted_call(context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        receiver = getattr(function, "__self__", None)
+        receiver = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # format is wrapped
         if type(receiver) is str:
             name = getattr(function, "__name__", "")
             if name in MULTIPLYING:
                 _charge_product([receiver, *args, *kwargs.values()], name.startswith("format"))
             else:
-                _spend(1 + len(receiver) // 1024)
+                _spend(OF_CALL + len(receiver) // OF_TEXT)
         elif args or kwargs:
             values = [*args, *kwargs.values()]
-            _spend(1 + sum([len(value) for value in values if type(value) in SIZED]) // 1024)
+            _spend(OF_CALL + sum([len(value) for value in values if type(value) in SIZED]) // OF_TEXT)
             if function is environment.globals.get("strftime_now"):
                 _charge_product(values, True)
         else:
-            _spend(1)
+            _spend(OF_CALL)
         return call(context, function, *args, **kwargs)
 
     def counted_operator(context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -160,7 +183,7 @@ def bound(environment: Any) -> None:
     environment.filters = {
         name: function if name in CHEAP else _counted_filter(function, name)
         for name, function in environment.filters.items()
-    } | {"_kept": _kept, "_gone_through": _gone_through}
+    } | {"_kept": _kept, "_gone_through": _gone_through, "_done": _done}
 
 
 def _counted_filter(function: Any, name: str) -> Any:
@@ -174,4 +197,7 @@ def _counted_filter(function: Any, name: str) -> Any:
 
 def compiled(environment: Any, source: str) -> jinja2.Template:
     """The template with its counting. Raises: jinja2.TemplateSyntaxError, SyntaxError, RecursionError: it is none."""
-    return environment.from_string(_Counting().visit(environment.parse(source)))
+    tree = environment.parse(source)
+    if (taken := tree.find((nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport))) is not None:
+        raise jinja2.TemplateSyntaxError("it takes in another file, which none may; write that out", taken.lineno)
+    return environment.from_string(_Counting().visit(tree))

@@ -56,7 +56,7 @@ def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe
     """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
     digest = _digest_of(file)
     key = hashlib.sha256(
-        json.dumps([digest, file_type(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
+        json.dumps([digest, _ending(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
     ).hexdigest()[:32]
     folder = cache_folder() / key
     try:
@@ -121,6 +121,11 @@ def _digest_of(file: DataFile) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _ending(file: DataFile) -> str | None:
+    """What says how a file is read: .jsonl and .jsonl.gz of the same bytes are two files."""
+    return None if isinstance(file, HubDataset) else f"{file_type(file)} {file.suffix.lower()}"
 
 
 def _fingerprint(encoder: ChatEncoder) -> str:

@@ -473,7 +473,7 @@ parquet("unknown columns", pa.table({"q": ["a"]}), "train.parquet:1: no format f
 
 
 def packed(file: str, name: str, content: Content, says: str | None, **more: Any) -> None:
-    data(file, name, content, says, **more)
+    data(file, f"{file}: {name}", content, says, **more)
 
 
 def gzip_of(piece: bytes, mib: int) -> bytes:

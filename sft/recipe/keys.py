@@ -69,6 +69,7 @@ class DatasetOptions:
     packing: bool = option(True, "several conversations in one row of max_length; not for every model, see README")
     columns: dict[str, str] | None = option(None, "renames keys of rows and turns, e.g. {question: human}")
     near_duplicates: Literal["report", "off"] = option("report", "test rows that nearly repeat a training row")
+    cache_gb: float = option(20, "tokenised files kept on disk, those used last; see python -m sft.cache", minimum=0)
     num_proc: int | None = option(None, "threads that tokenise; null: one a core", minimum=1)
     streaming: bool = option(False, "tokenise while training; needs training_args.max_steps, packing: false")
 

@@ -9,6 +9,7 @@ import sys
 
 from sft import faults, processes
 from sft.errors import UserError
+from sft.plain_text import PlainFormatter, plain_text
 from sft.recipe import Recipe, load_recipe
 
 
@@ -44,7 +45,9 @@ def train(recipe: Recipe, check: bool) -> int:
 
 def set_up(debug: bool) -> None:
     """What must be set before torch and the libraries are imported."""
-    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, handlers=[handler])
     if sys.platform == "linux":
         keep_freed_memory()
 
@@ -131,7 +134,7 @@ def run_or_tell(options: argparse.Namespace) -> int:
 def tell(error: UserError) -> int:
     """Prints an error, once where several processes have it. Returns: the exit code."""
     if processes.tells(error):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {plain_text(error)}", file=sys.stderr, flush=True)
     processes.part(error)
     return getattr(error, "exit_code", 2)
 

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from sft.errors import UserError
+from sft.plain_text import plain_text
 
 T = TypeVar("T")
 # Rank 0 may merge or score for hours while the others wait, so a hang must not be told from work by a clock here.
@@ -35,10 +36,10 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def say(text: str) -> None:
-    """Prints in the first process."""
+def say(text: str, is_plain: bool = False) -> None:
+    """Prints in the first process; as `plain_text` shows it, unless it is plain but for colours of ours."""
     if is_first():
-        print(text, flush=True)
+        print(text if is_plain else plain_text(text), flush=True)
 
 
 def hides_bars() -> bool | None:

@@ -26,6 +26,7 @@ from sft.data.chat import ChatEncoder
 from sft.data.chat_template import shows_day
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, first_conversations, prepare
+from sft.errors import UserError
 from sft.faults import memory_advice
 from sft.files import write_json, writing
 from sft.model.load import check_targets, checkpoint_dtype, load_model, load_trained, meta_model
@@ -33,9 +34,10 @@ from sft.model.lora import add_lora
 from sft.model.machine import check_machine, use_cpu
 from sft.model.source import find_model
 from sft.model.tokenizer import load_tokenizer
+from sft.plain_text import PlainFormatter
 from sft.processes import say
 from sft.recipe import Recipe
-from sft.results import export, page
+from sft.results import export, page, run_folder
 from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
 from sft.results.parity import prove_parity
@@ -75,6 +77,8 @@ def set_up(recipe: Recipe, debug: bool) -> None:
     """How much the libraries say, and the seed."""
     for library in (transformers.logging, datasets.logging):
         (library.set_verbosity_debug if debug else library.set_verbosity_error)()
+        for handler in library.get_logger().handlers:  # the libraries' own write by them to the terminal
+            handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
     if not debug:
         warnings.filterwarnings("ignore")
         transformers.logging.disable_progress_bar()
@@ -136,6 +140,7 @@ def decide_packing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
 def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, packing_why: str) -> Data:
     """The data of a recipe, and its ledger on the terminal."""
     data = processes.agree(lambda: prepare(recipe, tokenizer))
+    check.refuse_unknown_ids(recipe, data)
     if packing_why:
         data.ledger["packing_probe"] = packing_why
     data.ledger["samples"] = check.samples(data, tokenizer)
@@ -150,7 +155,8 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     legend = "green" if colour else "between [[ and ]]"
     for sample in data.ledger["samples"]:
-        say(f"\n{sample['place']} (trained on: {legend})\n{check.render_pieces(sample['pieces'], colour)}")
+        say(f"\n{sample['place']} (trained on: {legend})")
+        say(check.render_pieces(sample["pieces"], colour), is_plain=True)
     say("\n" + check.stop_token_line(data, tokenizer))
     line, fits = memory_line(recipe, meta_model, use_cpu(recipe), data.longest)
     say(line)
@@ -171,9 +177,16 @@ def output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: 
     Raises: UserError: it cannot be written, or another run is writing there.
     """
     processes.decide(lambda: say(_disk_line(recipe, meta_model, data)))
-    with sole_writer(recipe):
-        processes.decide(lambda: _describe(recipe, description, data, meta_model))
-        yield
+    put_back, is_ours = run_folder.kept(recipe.output_dir), False
+    try:
+        with sole_writer(recipe):
+            is_ours = True
+            processes.decide(lambda: _describe(recipe, description, data, meta_model))
+            yield
+    except UserError:
+        if is_ours and processes.is_first():
+            put_back()
+        raise
 
 
 @contextmanager

@@ -23,7 +23,7 @@ ROOMS = {
 }
 
 
-SHARED = ("errors", "faults", "files", "processes")  # what stands beside the rooms, and every one may use
+SHARED = ("errors", "faults", "files", "plain_text", "processes")  # what stands beside the rooms
 
 
 def module_name(path):

@@ -11,14 +11,17 @@ from transformers.utils import chat_template_utils
 
 from sft.data.conversation import Message, Tools
 from sft.data.message_forms import CallForm, call_form, fit_calls, in_parts, wants_parts
+from sft.data.template_bounds import bound, compiled, joined, refill
 from sft.errors import FormatError, ModelError
+
+MAX_CHARACTERS = 2**18  # of a template; gpt-oss's, one of the longest, has 17,000
 
 
 class ChatTemplate:
     """The chat template of a tokenizer, compiled once.
 
     Args: day: what `strftime_now` tells the template, "YYYY-MM-DD"; None: the time of each rendering.
-    Raises: ModelError: it has none, or none without a name.
+    Raises: ModelError: it has none, or none without a name, or one that is no template, or does not come to an end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, day: str | None = None):
@@ -64,9 +67,12 @@ class ChatTemplate:
             # What `template.render` does, which copies the globals twice: a third of its time for a short dialogue.
             variables = {**template.globals, **self._variables}
             variables |= {"messages": plain, "tools": tools, "add_generation_prompt": prompt}
-            return "".join(template.root_render_func(template.new_context(variables, shared=True)))
-        except (jinja2.TemplateError, TypeError, AttributeError, ValueError, LookupError) as error:
+            refill()
+            return joined(template.root_render_func(template.new_context(variables, shared=True)))
+        except (jinja2.TemplateError, TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
             raise FormatError(f"the chat template refuses this conversation: {error}") from None
+        except (RecursionError, MemoryError):
+            raise ModelError("the chat template calls itself without an end, or too deep; mend its macros") from None
 
 
 def shows_day(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -79,13 +85,17 @@ def shows_day(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _compile(source: str) -> jinja2.Template:
-    """The template as transformers compiles it, with a shorter way to `message.role` and `loop.last`.
+    """The template as transformers compiles it, bounded, with a shorter way to `message.role` and `loop.last`.
 
     Jinja tries a dict's attributes before its items, at the price of an exception for each item, and its sandbox looks
     at each public attribute of Jinja's own objects, which are all safe.
+
+    Raises: ModelError: it is no template.
     """
+    if len(source) > MAX_CHARACTERS:
+        raise ModelError(f"the chat template has {len(source):,} characters; one has {MAX_CHARACTERS:,} at most")
     # Private, but the only way to render 15,000 conversations a second.  pinned: transformers
-    environment = chat_template_utils._compile_jinja_template(source).environment.overlay()
+    environment = chat_template_utils._compile_jinja_template("").environment.overlay()
     attributes, slow = frozenset(dir(dict)), environment.getattr
     loop_attributes = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
 
@@ -99,4 +109,10 @@ def _compile(source: str) -> jinja2.Template:
         return slow(value, name)
 
     environment.getattr = attribute_or_item
-    return environment.from_string(source)
+    bound(environment)
+    try:
+        return compiled(environment, source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from None
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ModelError("the chat template is no Jinja template that can be run: it is nested too deep") from None

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,9 @@ def detect_format(row: Any) -> Format:
     fits = [f for f in formats.values() if isinstance(row, dict) and all(key in row for key in f.fields["required"])]
     if not fits:
         wants = "; ".join(f"{f.name}: {', '.join(f.fields['required'])}" for f in formats.values())
-        found = f"the fields {some(row) or 'none'}" if isinstance(row, dict) else type(row).__name__
+        found = (
+            _json_type(row) if not isinstance(row, dict) else f"the fields {some(row)}" if row else "an empty object"
+        )
         raise FormatError(f"no format fits {found}; the required fields are {wants}")
     most = max(len(f.fields["required"]) for f in fits)
     best = [f for f in fits if len(f.fields["required"]) == most]
@@ -54,7 +57,7 @@ def detect_format(row: Any) -> Format:
 
 def some(names: Iterable[Any]) -> str:
     """The first NAMED of the names, e.g. "a, b, ..."."""
-    texts = [str(name) for name in names]
+    texts = [name if len(name) <= 60 else name[:57] + "..." for name in map(str, islice(names, NAMED + 1))]
     return ", ".join(texts[:NAMED]) + (", ..." if len(texts) > NAMED else "")
 
 
@@ -119,7 +122,9 @@ def _from_json(text: str) -> Any:
 
 def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    if isinstance(value, int | float):
+        return "a number"
+    return names.get(type(value), type(value).__name__)  # a table may hold bytes or dates
 
 
 def _type_names(types: type | tuple[type, ...]) -> str:

@@ -5,30 +5,26 @@ Each is read piece by piece, so that a file may be larger than memory.
 
 import csv
 import glob
-import gzip
 import hashlib
 import io
 import json
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
+from sft.data.file_bytes import BOM, MAX_ROW, UNPACKERS, bounded_lines, open_bytes, zstd
 from sft.errors import DataError, FormatError
 from sft.recipe import Recipe, Source
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 HUB_TIMEOUT_SECONDS = 10
 ARROW_BATCH = 1000  # rows of an Arrow table that are Python objects at once
@@ -36,8 +32,14 @@ PARQUET_BUFFER = 2**16  # bytes of a column read at once
 ARRAY_CHUNK = 2**20  # characters of a JSON array read at once
 SPACE = re.compile(r"[ \t\r\n]*")
 NEWLINE = "\n"
-MAX_CELL = 2**31 - 1  # characters; what Python's csv module takes on every system
-
+TOO_MANY_DIGITS = f"holds a number of more than {sys.get_int_max_str_digits():,} digits; write it as text in quotes"
+EMPTY = {  # what a file without rows needs, by its type
+    ".jsonl": "rows are needed, e.g. one JSON object a line",
+    ".json": "rows are needed, e.g. one JSON object a line",
+    ".csv": "rows are needed below its header",
+    ".tsv": "rows are needed below its header",
+    ".parquet": "rows are needed",
+}
 Rows = Iterator[tuple[int, Any]]  # (line or row, from 1; the row, or a FormatError where it cannot be read)
 
 
@@ -73,7 +75,11 @@ def expand(source: Source, recipe: Recipe, key: str) -> list[DataFile]:
         files = [Path(name) for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_file()]
         if not files:
             raise recipe.error(key, f"no file matches {source.path} (working directory: {Path.cwd()})")
+    if path.exists() and not files:
+        raise recipe.error(key, f"{source.path} is no file but a device or the like; give a file")
     for file in files:
+        if any("\ud800" <= character <= "\udfff" for character in str(file)):
+            raise recipe.error(key, f"the name of {file} is not UTF-8; rename it")
         if has_split:
             raise recipe.error(key, f"{file} is a file: it has no subset and no split; take these out")
         if file_type(file) is None:
@@ -105,11 +111,13 @@ def read_rows(file: DataFile) -> Rows:
         reason = error.strerror or str(error)  # gzip's own has no strerror
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}); if it is GBK or the like, save it as UTF-8"
-    except (EOFError, zlib.error, zstd.ZstdError, csv.Error, pa.ArrowException) as error:
-        reason = str(error)
+    except (EOFError, zlib.error, zstd.ZstdError, pa.ArrowException) as error:
+        reason = str(error) or type(error).__name__
+    except csv.Error as error:
+        reason = _table_reason(str(error))
     else:
         if not last:
-            raise DataError(f"{file}: is empty; rows are needed, e.g. one JSON object a line")
+            raise DataError(f"{file}: is empty; {EMPTY[file_type(file) or '']}")
         return
     beyond = f" beyond row {last}" if last else ""
     raise DataError(f"{file}: cannot be read{beyond}: {reason.splitlines()[0]}")
@@ -125,45 +133,53 @@ def file_type(file: DataFile) -> str | None:
     return ending if ending in READERS and (ending != ".parquet" or unpacked == name) else None
 
 
-def _open(file: Path) -> BinaryIO:
-    """The file as bytes, unpacked. Raises: DataError: it is UTF-16."""
-    stream = UNPACKERS.get(file.suffix.lower(), partial(open, mode="rb"))(file)
-    head = stream.read(2)
-    if head in (b"\xff\xfe", b"\xfe\xff") or head[1:] == b"\0":
-        stream.close()
-        raise DataError(f"{file}: is UTF-16, not UTF-8; save it as UTF-8")
-    stream.seek(0)
-    return stream
-
-
 # --------------------------------------------------------------------------------------------------------------- JSON
 
 
 def _json_rows(file: Path) -> Rows:
     """JSON lines, or the elements of an array."""
-    with _open(file) as stream:
-        begin = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0
-        stream.seek(begin)
-        while (first := stream.read(1)).isspace():
-            pass
-        stream.seek(begin)
-        if first == b"[":
-            yield from enumerate(_array_elements(file, io.TextIOWrapper(stream, encoding="utf-8")), start=1)
+    with open_bytes(file) as stream:
+        piece = stream.read(ARRAY_CHUNK).removeprefix(BOM)
+        while piece.isspace():
+            piece = stream.read(ARRAY_CHUNK)
+    with open_bytes(file) as stream:
+        if piece.lstrip()[:1] == b"[":
+            yield from enumerate(_array_elements(file, io.TextIOWrapper(stream, encoding="utf-8-sig")), start=1)
             return
-        for number, line in enumerate(stream, start=1):
-            if not line.isspace():
-                yield number, _parsed(line)
+        for number, line in enumerate(bounded_lines(file, stream), start=1):
+            content = line.removeprefix(BOM) if number == 1 else line
+            if content and not content.isspace():
+                yield number, _parsed(content)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys must differ: Python would keep the last of two in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise FormatError(f"has the key {next(key for key in keys if keys.count(key) > 1)!r:.60} twice; keep one")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise FormatError(f"holds {name}, which is no number of JSON; write null, or text in quotes")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)
 
 
 def _parsed(line: bytes) -> Any:
     try:
-        row = json.loads(line.decode("utf-8"))  # of bytes it would take half a surrogate pair
+        row = _decoder.decode(line.decode("utf-8"))  # json.loads would take half a surrogate pair of bytes
     except UnicodeDecodeError as error:
         byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         return FormatError(f"is not UTF-8 ({byte}); if the file is GBK or the like, save it as UTF-8")
-    except ValueError as error:
-        what = getattr(error, "msg", str(error))
-        return FormatError(f"is not JSON: {what} at column {getattr(error, 'colno', 1)}")
+    except json.JSONDecodeError as error:
+        return FormatError(f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
+    except ValueError:
+        return FormatError(TOO_MANY_DIGITS)
+    except FormatError as error:
+        return error
     except RecursionError:
         return FormatError("is JSON nested too deep to read")
     if b"\\ud" in line or b"\\uD" in line:  # an escaped surrogate: alone, no tokenizer can take it
@@ -181,10 +197,10 @@ def _whole(row: Any) -> Any:
 
 def _array_elements(file: Path, text: io.TextIOWrapper) -> Iterator[Any]:
     """The elements of a JSON array, one by one: `[{"a": 1}, {"a": 2}]` as {"a": 1}, then {"a": 2}."""
-    decode = json.JSONDecoder().raw_decode
+    decode = _decoder.raw_decode
     buffer, line, number = text.read(ARRAY_CHUNK), 1, 0
     while "[" not in buffer:  # only space so far
-        buffer += text.read(ARRAY_CHUNK)
+        buffer = text.read(ARRAY_CHUNK)
     at = buffer.index("[") + 1  # where the next element may begin
     while True:
         try:
@@ -203,6 +219,8 @@ def _array_elements(file: Path, text: io.TextIOWrapper) -> Iterator[Any]:
             # The buffer may end within the element: then the error is at its end, or where an open text begins.
             is_cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
             more = text.read(max(ARRAY_CHUNK, len(buffer))) if is_cut else ""
+            if more and len(buffer) - at > MAX_ROW:
+                raise DataError(f"{file}: row {number + 1} is longer than {MAX_ROW >> 20} MiB; cut it") from None
             if not more:
                 place = f"row {number + 1}, line {line + buffer.count(NEWLINE, 0, error.pos)}"
                 raise DataError(f"{file}: begins as a JSON array and is not one: {error.msg} ({place})") from None
@@ -211,6 +229,9 @@ def _array_elements(file: Path, text: io.TextIOWrapper) -> Iterator[Any]:
             continue
         except RecursionError:
             raise DataError(f"{file}: row {number + 1} is JSON nested too deep to read") from None
+        except (FormatError, ValueError) as error:
+            what = error if isinstance(error, FormatError) else TOO_MANY_DIGITS
+            raise DataError(f"{file}: row {number + 1} {what}") from None
         at = end_of_element + 1
         if buffer[end_of_element] == "]":
             break
@@ -232,18 +253,36 @@ def _after_space(text: str, at: int) -> int:
 
 def _table_rows(file: Path, delimiter: str) -> Rows:
     """Rows below the header, all cells text; an empty cell is an absent key. Quoted cells may hold line breaks."""
-    csv.field_size_limit(MAX_CELL)  # of the whole process; Python's own limit is 131,072
-    with _open(file) as stream:
+    csv.field_size_limit(MAX_ROW)  # of the whole process; Python's own limit is 131,072
+    with open_bytes(file) as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        table = csv.reader(bounded_lines(file, lines), delimiter=delimiter, strict=True)
         header = next((cells for cells in table if cells), [])
-        if twice := next((name for name in header if name and header.count(name) > 1), None):
-            raise DataError(f"{file}: two columns are called {twice!r}; rename one")
+        _refuse_twice(file, header)
+        if len(header) == 1 and (found := [other for other in ",;\t|" if other in header[0]]):
+            wanted = "tabs" if delimiter == "\t" else "commas"
+            raise DataError(
+                f"{file}: the header is one column, with {found[0]!r} in it; separate columns with {wanted}"
+            )
         for number, cells in enumerate((cells for cells in table if cells), start=1):
             if len(cells) == len(header):
                 yield number, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
             else:
                 yield number, FormatError(f"has {len(cells)} cells, and the header has {len(header)}")
+
+
+def _table_reason(error: str) -> str:
+    if "unexpected end of data" in error:
+        return "a quoted cell has no end; close the quote"
+    if "field limit" in error:
+        return f"a cell is longer than {MAX_ROW >> 20} MiB; is a quote not closed?"
+    return f"{error}; put a cell in quotes as a whole, and write a quote within it twice"
+
+
+def _refuse_twice(file: Path, names: list[str]) -> None:
+    """Raises: DataError: two columns of one name, of which one would be lost."""
+    if twice := next((name for name, count in Counter(names).items() if name and count > 1), None):
+        raise DataError(f"{file}: two columns are called {twice!r:.60}; rename one")
 
 
 # --------------------------------------------------------------------------------------------------------------- Arrow
@@ -253,6 +292,7 @@ def _parquet_rows(file: Path) -> Rows:
     # Not by datasets.load_dataset, which holds a row group several times: 726 MiB for a file of 155, this 64.
     with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False) as parquet:
         schema = parquet.schema_arrow
+        _refuse_twice(file, schema.names)
         written_by_datasets = b"huggingface" in (schema.metadata or {})
         features = datasets.Features.from_arrow_schema(schema) if written_by_datasets else {}
         yield from _arrow_rows(parquet.iter_batches(ARROW_BATCH), features)
@@ -321,4 +361,3 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".csv": partial(_table_rows, delimiter=","),
     ".tsv": partial(_table_rows, delimiter="\t"),
 }
-UNPACKERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": zstd.open}

@@ -22,7 +22,7 @@ from sft.data.rows import DataFile, expand, read_rows
 from sft.data.token_cache import TokenFile, finds_near_copies, tokenise_file
 from sft.data.token_rows import Split, TokenRows
 from sft.data.tokens import FileTokeniser
-from sft.errors import DataError
+from sft.errors import DataError, ModelError
 from sft.recipe import Recipe, Source
 
 SPLITS = ("train", "validation", "test")
@@ -59,7 +59,10 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
     """
     options = recipe.dataset
     spelled = "text" if options.control_tokens == "text" else "error"
-    encoder = ChatEncoder(tokenizer, spelled, recipe.chat.loss_on == "after_thinking", recipe.chat.date)
+    try:
+        encoder = ChatEncoder(tokenizer, spelled, recipe.chat.loss_on == "after_thinking", recipe.chat.date)
+    except ModelError as error:  # it lies with the chat template, mostly
+        raise recipe.error("chat.template" if recipe.chat.template else "model_name_or_path", str(error)) from None
     only_test = scoring_only and isinstance(options.test, tuple)
     names = ("test",) if only_test else SPLITS
     splits, files = _tokenise_splits(names, encoder, recipe)
@@ -211,7 +214,7 @@ def _streamed_rows(
     given = 0
     for source, file in files:
         tokeniser = FileTokeniser(encoder, recipe, source.format)
-        for batch in tokeniser.batches(read_rows(file)):
+        for batch in tokeniser.batches(read_rows(file), file):
             refuse_problems([(str(file), tokeniser.problems)], recipe)
             tokeniser.problems.clear()
             given += len(batch)

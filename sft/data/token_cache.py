@@ -19,16 +19,16 @@ from weakref import WeakKeyDictionary
 import datasets
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from tqdm.auto import tqdm
 
+from sft.data import cache
 from sft.data.chat import ChatEncoder
 from sft.data.row_formats import FORMATS
 from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_rows
 from sft.data.signatures import SIGNATURE_BYTES
 from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
 from sft.errors import DataError
-from sft.files import whole_folder
+from sft.plain_text import plain_text
 from sft.recipe import Recipe
 
 
@@ -46,30 +46,22 @@ class TokenFile:
     signatures: np.ndarray = field(default_factory=partial(np.zeros, (0, SIGNATURE_BYTES), np.uint8))
 
 
-def cache_folder() -> Path:
-    """Where tokenised files are kept: beside the datasets library's own cache."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
-
-
 def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
     """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
     digest = _digest_of(file)
     key = hashlib.sha256(
-        json.dumps([digest, file_type(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
+        json.dumps([digest, _ending(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
     ).hexdigest()[:32]
-    folder = cache_folder() / key
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "facts.json").is_file():
-                with whole_folder(folder) as partial:
-                    _write(partial, file, fmt, encoder, recipe)
+        folder = cache.use(key, lambda partial: _write(partial, file, fmt, encoder, recipe))
+        cache.shrink(recipe.dataset.cache_gb * 1e9)
     except OSError as error:
         raise DataError(
-            f"{folder.parent}: token rows cannot be kept there ({error.strerror or error}); name another folder with "
-            "the environment variable HF_DATASETS_CACHE"
+            f"{cache.cache_folder()}: token rows cannot be kept there ({error.strerror or error}); name another folder "
+            "with the environment variable HF_DATASETS_CACHE"
         ) from None
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    facts = json.loads((folder / cache.DONE).read_text(encoding="utf-8"))
+    del facts["source"]
     problems = [Problem(*problem) for problem in facts.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     tokens = TokenFile(file, rows, {"sha256": digest, **facts}, problems)
@@ -97,19 +89,19 @@ def _frozen_heap() -> Iterator[None]:
 def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     with (
         _frozen_heap(),
-        tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
+        tqdm(desc=f"Tokenising {plain_text(file)}", unit=" rows", disable=None, leave=False) as bar,
         open(folder / "rows.arrow", "wb") as sink,
         open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
         tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
-        for batch in tokeniser.batches(read_rows(file)):
+        for batch in tokeniser.batches(read_rows(file), file):
             writer.write_batch(batch)
             bar.update(tokeniser.rows_read - bar.n)
     tokeniser.reader.refuse_unused_columns(file)
     tokeniser.problems.sort()
-    facts = {**tokeniser.facts(), "problems": tokeniser.problems}
-    (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+    facts = {**tokeniser.facts(), "problems": tokeniser.problems, "source": str(file)}
+    (folder / cache.DONE).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
 
 def _digest_of(file: DataFile) -> str:
@@ -120,6 +112,11 @@ def _digest_of(file: DataFile) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _ending(file: DataFile) -> str | None:
+    """What says how a file is read: .jsonl and .jsonl.gz of the same bytes are two files."""
+    return None if isinstance(file, HubDataset) else f"{file_type(file)} {file.suffix.lower()}"
 
 
 def _fingerprint(encoder: ChatEncoder) -> str:

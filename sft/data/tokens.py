@@ -15,7 +15,7 @@ from sft.data.examples import REWRITTEN, ExampleMaker, Examples
 from sft.data.row_formats import RowReader
 from sft.data.signatures import signatures, text_of
 from sft.data.turn_reader import Turn
-from sft.errors import ControlTokenError, FormatError
+from sft.errors import ControlTokenError, DataError, FormatError
 from sft.recipe import Recipe
 
 BATCH = 1000  # rows tokenised at once, fewer where they are long:
@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("hash", pa.int64()),  # of the row: its examples are several token rows, one after another, with one hash
     ]
 )
+HOPELESS = 1000  # rows: a file that begins with so many bad ones is of another kind, and is not read to its end
 UNTRAINED = "answers that their rows take out of the loss"
 UNREADABLE, CONTROL, OVERLONG, SHORTENED = "bad row", "control token", "over-long", "over-long answer"
 
@@ -178,14 +179,18 @@ class FileTokeniser:
         self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
         self.reader = RowReader(format_name, recipe.dataset.columns, recipe.dataset.system)
         self._examples = ExampleMaker(encoder, recipe.chat)
+        self._stops_at_problems = recipe.dataset.on_error == "error"
         self._signatures = signatures
         self._trimmed: list[int] = []
         self._notes: dict[str, int] = defaultdict(int)
         self._used = self._made = self._tokens = self._supervised = 0
 
-    def batches(self, rows: Iterable[tuple[int, Any]]) -> Iterator[pa.RecordBatch]:
-        """Arrow batches of SCHEMA. While one batch is in the tokenizer's Rust code the next is read and rendered."""
-        stream = self._rows(rows)
+    def batches(self, rows: Iterable[tuple[int, Any]], file: object = "rows") -> Iterator[pa.RecordBatch]:
+        """Arrow batches of SCHEMA. While one batch is in the tokenizer's Rust code the next is read and rendered.
+
+        Raises: DataError: the rows are of another kind: bad ones are errors, and there is none but these.
+        """
+        stream = self._rows(rows, file)
         with ThreadPoolExecutor(1) as pool:
             pending: Future[list[Encoded | FormatError]] | None = None
             waiting: list[tuple[int, Examples]] = []
@@ -213,9 +218,12 @@ class FileTokeniser:
             "stop_ids": sorted(self._encoder.stop_ids),
         }
 
-    def _rows(self, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Examples]]:
+    def _rows(self, rows: Iterable[tuple[int, Any]], file: object) -> Iterator[tuple[int, Examples]]:
         """Rows as examples; those that are no conversations go to `problems`."""
         for line, row in rows:
+            if self.rows_read == len(self.problems) == HOPELESS and self._stops_at_problems:
+                line, _, message = self.problems[0]
+                raise DataError(f"{file}:{line}: {message}\nand so on: no row of the first {HOPELESS:,} can be used")
             self.rows_read += 1
             try:
                 if isinstance(row, FormatError):

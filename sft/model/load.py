@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
+from sft.errors import UserError
 from sft.model.machine import check_machine, default_dtype, local_device, named_dtype
 from sft.model.source import find_model, first_line, local_or_hub, source_options
 from sft.recipe import Recipe
@@ -21,8 +22,12 @@ def load_config(recipe: Recipe) -> transformers.PretrainedConfig:
     options = source_options(recipe)
     try:
         return AutoConfig.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise recipe.error("model_name_or_path", f"its configuration does not load: {first_line(error)}") from None
+    except Exception as error:  # whatever the library makes of a file that is not what it should be
+        if "trust_remote_code" in str(error):
+            what = "needs code of its own to load; if you trust it, set model_init.trust_remote_code: true"
+            raise recipe.error("model_name_or_path", what) from None
+        what = f"its configuration (config.json) does not load: {first_line(error)}"
+        raise recipe.error("model_name_or_path", what) from None
 
 
 def checkpoint_dtype(recipe: Recipe) -> torch.dtype:
@@ -39,7 +44,7 @@ def meta_model(recipe: Recipe) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=default_dtype(recipe))
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # sizes that make no model, above all
         raise recipe.error("model_name_or_path", f"is no causal language model: {first_line(error)}") from None
 
 
@@ -73,6 +78,7 @@ def _refuse_quantised(recipe: Recipe, model: PreTrainedModel, modules_to_save: l
                 )
 
 
+LFS_POINTER = b"version https://git-lfs"
 # By these transformers' from_pretrained leaves a process of FSDP without weights: the first one hands them out.
 READ_BY_FIRST = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
@@ -106,7 +112,8 @@ def load_model(
     """
     check_machine(recipe)
     reach = find_model(recipe.model_name_or_path, recipe)
-    options = {**recipe.model_init, "dtype": default_dtype(recipe, training), **reach}
+    # No pickle unless the recipe names it, which transformers then reads as weights only.
+    options = {"use_safetensors": True, **recipe.model_init, "dtype": default_dtype(recipe, training), **reach}
     if quantised and recipe.quantization_config:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**recipe.quantization_config)
         # Quantised weights are made on the device where they stay.
@@ -118,12 +125,44 @@ def load_model(
             model = _without_weights(recipe, options)
         else:
             with _read_by_first(False):
-                model = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise recipe.error("model_name_or_path", f"does not load: {first_line(error)}") from None
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    local_or_hub(recipe.model_name_or_path), output_loading_info=True, **options
+                )
+            model = loaded[0]
+            _refuse_random_weights(recipe, model, loaded[1]["missing_keys"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries make of files that are not what they should be
+        raise recipe.error("model_name_or_path", f"does not load: {_why_not(recipe, error)}") from None
     model.config.use_cache = False
     _keep_4bit_weights_trainable(model)
     return model
+
+
+def _refuse_random_weights(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> None:
+    """transformers fills up weights that are in no file with random numbers. Raises: RecipeError."""
+    if missing:
+        some = f"{', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''}"
+        raise recipe.error(
+            "model_name_or_path",
+            f"does not load: its files lack {len(missing)} of the weights of {type(model).__name__}: {some}; "
+            "fetch the whole model again",
+        )
+
+
+def _why_not(recipe: Recipe, error: Exception) -> str:
+    """Why a model does not load, where its folder tells better than the libraries."""
+    folder = Path(recipe.model_name_or_path).expanduser()
+    weights = list(folder.glob("*.safetensors"))
+    for file in weights:
+        with open(file, "rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:  # cloned without git-lfs
+                return f"{file.name} is a pointer of git-lfs, not the weights; run `git lfs pull` in that folder"
+    if not weights and list(folder.glob("*.bin")) and recipe.model_init.get("use_safetensors") is not False:
+        return "its weights are a pickle; to read it, as weights only, set model_init.use_safetensors: false"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says; fetch both again"
+    return first_line(error)
 
 
 def _without_weights(recipe: Recipe, options: dict[str, Any]) -> PreTrainedModel:

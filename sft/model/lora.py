@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft.errors import ModelError
 from sft.model.source import find_model, first_line
 from sft.recipe import Recipe
+
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
@@ -36,8 +39,8 @@ def load_adapter(
 ) -> PeftModel:
     """A LoRA adapter on its base. Raises: RecipeError: it is not there, or it was made for another model."""
     reach = find_model(name, recipe, key, "adapter_config.json")
+    adapter_config = read_adapter_config(name, recipe, key, **reach)
     if recipe.lora_config and trainable:
-        adapter_config = PeftConfig.from_pretrained(name, **reach)
         for option, value in recipe.lora_config.items():
             adapter_value = getattr(adapter_config, option, value)
             if (set(adapter_value) != set(value)) if isinstance(value, list) else adapter_value != value:
@@ -45,11 +48,43 @@ def load_adapter(
                     f"lora_config.{option}",
                     f"is {value}, and the adapter {name} has {adapter_value}; make it equal, or remove it",
                 )
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / WEIGHTS).is_file():
+        if not (folder / PICKLE).is_file():
+            raise recipe.error(key, f"the folder {name} holds no {WEIGHTS}; fetch the whole adapter again")
+        if recipe.model_init.get("use_safetensors") is not False:
+            what = "its weights are a pickle; to read it, as weights only, set model_init.use_safetensors: false"
+            raise recipe.error(key, f"{name}: {what}")
     try:
         reach["autocast_adapter_dtype"] = _lora_is_float32(recipe)
-        return PeftModel.from_pretrained(model, str(Path(name).expanduser()), is_trainable=trainable, **reach)
-    except (RuntimeError, ValueError, OSError) as error:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, **reach)
+        missing = missing_weights(adapted, folder)
+    except Exception as error:  # whatever the libraries make of files that are not what they should be
         raise recipe.error(key, f"{name} does not fit this model: {first_line(error)}") from None
+    if missing:
+        raise recipe.error(key, f"{name} does not fit this model: its file lacks {missing}")
+    return adapted
+
+
+def read_adapter_config(name: str, recipe: Recipe, key: str = "adapter_name_or_path", **reach: Any) -> PeftConfig:
+    """Raises: RecipeError: it cannot be read, or is no LoRA's."""
+    try:
+        config = PeftConfig.from_pretrained(str(Path(name).expanduser()), **reach)
+    except Exception as error:  # whatever peft makes of a file that is not what it should be
+        what = f"{name}: its adapter_config.json does not load: {first_line(error)}"
+        raise recipe.error(key, what) from None
+    if not isinstance(config, LoraConfig):
+        raise recipe.error(key, f"{name} is an adapter of the kind {config.peft_type}; only LoRA's are taken up")
+    return config
+
+
+def missing_weights(model: PeftModel, folder: Path) -> str:
+    """Weights of the adapter that are in no file of a folder, in words: peft would leave them as they are, untold."""
+    if not (folder / WEIGHTS).is_file():
+        return ""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - set(file.keys()))
+    return f"{len(missing)} weights, e.g. {missing[0]}" if missing else ""
 
 
 def _lora_is_float32(recipe: Recipe) -> bool:

@@ -1,14 +1,18 @@
 """Where a model or adapter comes from: a local folder, the hub's cache, or the hub."""
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.utils import HfHubHTTPError
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+from safetensors import SafetensorError
 
 from sft.recipe import Recipe
 
 HUB_TIMEOUT_SECONDS = 10
+MAX_SAID = 400  # characters of a library's words in an error; some list hundreds of classes
 
 
 def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file: str = "config.json") -> dict[str, Any]:
@@ -29,11 +33,13 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
     if looks_local:
         raise recipe.error(key, f"there is no folder {name} (working directory: {Path.cwd()}){fetch}")
     revision, cache = recipe.model_init.get("revision"), recipe.model_init.get("cache_dir")
-    if isinstance(try_to_load_from_cache(name, file, cache, revision), str):
+    if _is_hub_id(name) and isinstance(try_to_load_from_cache(name, file, cache, revision), str):
         offline = not _hub_answers(name, revision)
         return {"local_files_only": True} if offline else {}
     try:
         HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except HFValidationError:
+        raise recipe.error(key, f"there is no folder {name}, and a hub id is user/name{fetch}") from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
         gated = "; log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else ""
@@ -72,7 +78,28 @@ def local_or_hub(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def first_line(error: BaseException) -> str:
+    """What a library says of a file that it cannot take, in a line or two."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
+    said = " ".join(lines[:2])
+    if isinstance(error, KeyError) and " " not in said:
+        said = f"{said!r} is missing in it, or unknown"
+    elif isinstance(error, RecursionError):
+        said = "it is nested too deep"
+    elif isinstance(error, pickle.UnpicklingError):
+        said = "a pickle is broken or would run code; it was read as weights only, and nothing was run"
+    elif isinstance(error, SafetensorError):
+        said = f"a .safetensors file is broken, or something else ({said})"
+    elif isinstance(error, TypeError | AttributeError | ArithmeticError):
+        said = f"it does not hold what it should ({said})"
+    said = re.sub(r"\b[A-Z]\w*Error: ", "", said)
+    return said if len(said) <= MAX_SAID else said[: MAX_SAID - 3] + "..."

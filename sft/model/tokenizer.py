@@ -1,7 +1,6 @@
 """The tokenizer of a recipe, with a chat template and a pad token."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jinja2.meta
@@ -10,9 +9,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
+from sft.model.load import load_config
 from sft.model.source import first_line, local_or_hub, source_options
 from sft.recipe import Recipe
 from sft.recipe.rules import RENDERED
+
+MAX_TEMPLATE = 2**18  # characters; gpt-oss's, one of the longest, has 17,000
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -20,19 +22,19 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises: RecipeError: it is not there, or it has no chat template, or one that does not read chat.variables.
     """
+    load_config(recipe)  # which the tokenizer reads too: what is wrong with it is told as such
     options = source_options(recipe)
     source = local_or_hub(recipe.model_name_or_path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
         if type(tokenizer).__name__ == "MistralCommonBackend":  # has neither offsets nor a chat template
             tokenizer = _convert_tekken(source, options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever the libraries make of files that are not what they should be
         raise recipe.error("model_name_or_path", f"its tokenizer does not load: {first_line(error)}") from None
+    if not tokenizer.encode("a", add_special_tokens=False):  # what transformers makes of a folder without a vocabulary
+        raise recipe.error("model_name_or_path", "its tokenizer knows no text; its tokenizer.json is missing")
     if recipe.chat.template is not None:
-        try:
-            tokenizer.chat_template = Path(recipe.chat.template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise recipe.error("chat.template", f"{recipe.chat.template} cannot be read: {error}") from None
+        tokenizer.chat_template = _read_template(recipe, recipe.chat.template)
     elif recipe.chat.response_template is not None:
         if tokenizer.chat_template:
             raise recipe.error(
@@ -52,6 +54,22 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token  # only fills: labels and attention never look at it
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _read_template(recipe: Recipe, name: str) -> str:
+    """Raises: RecipeError: there is no such file, or none of text, or an empty or a huge one."""
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            template = file.read(MAX_TEMPLATE + 1)
+    except UnicodeDecodeError:
+        raise recipe.error("chat.template", f"{name} is not UTF-8; give a .jinja file, saved as UTF-8") from None
+    except OSError as error:
+        raise recipe.error("chat.template", f"{name} cannot be read: {error.strerror}") from None
+    if not template.strip():
+        raise recipe.error("chat.template", f"{name} is empty; give the .jinja file of a chat template")
+    if len(template) > MAX_TEMPLATE:
+        raise recipe.error("chat.template", f"{name} has more than {MAX_TEMPLATE:,} characters; no chat template has")
+    return template
 
 
 def _convert_tekken(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -94,7 +112,10 @@ def _set_defaults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         raise recipe.error("chat.variables", "this model's conversations are built without a template; take them out")
     templates = tokenizer.chat_template  # one, or several by name
     sources = list(templates.values()) if isinstance(templates, dict) else [templates]
-    read, assigned = (set().union(*names) for names in zip(*map(_variables_of, sources), strict=True))
+    try:
+        read, assigned = (set().union(*names) for names in zip(*map(_variables_of, sources), strict=True))
+    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        raise recipe.error("chat.variables", f"the chat template is no Jinja template: {first_line(error)}") from None
     for name in recipe.chat.variables:
         if name not in read:
             known = ", ".join(sorted(read - assigned - {*RENDERED, *tokenizer.special_tokens_map})[:8]) or "none"
@@ -108,7 +129,7 @@ def _set_defaults(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _variables_of(source: str) -> tuple[set[str], set[str]]:
     """The variables that a template may read from outside, and those that it sets; a name may be both."""
-    environment = chat_template_utils._compile_jinja_template(source).environment  # pinned: transformers
+    environment = chat_template_utils._compile_jinja_template("").environment  # pinned: transformers
     tree = environment.parse(source)
     assigned = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx == "store"}
     return jinja2.meta.find_undeclared_variables(tree), assigned

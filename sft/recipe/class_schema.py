@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
+from sft.plain_text import SECRET_KEY
 from sft.recipe.keys import Recipe, Source, Sources, SourcesOrShare
-from sft.recipe.reader import SECRET_KEY
 from sft.recipe.schema import Schema
 
 LIBRARY_KEYS: dict[str, dict[str, Any]] = yaml.safe_load(

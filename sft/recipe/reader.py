@@ -13,10 +13,12 @@ from typing import Any
 import yaml
 
 from sft.errors import RecipeError
+from sft.plain_text import SECRET_KEY, SECRET_VALUE
 
 MAX_BYTES, MAX_VALUES = 256 * 1024, 100_000  # a recipe is far below; a model file or a YAML alias bomb is above
-SECRET_KEY = re.compile(r"(token|api_?key|secret|password|credentials?)$", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"(?<![\w-])(hf_|gh[pousr]_|sk-(proj-|ant-)?)[A-Za-z0-9]{30,}")
+MAX_SHOWN = 100  # characters of an override in an error
+NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+WITHOUT_SPACE = re.compile(r"([\w.-]+):(\S+)")  # `key:value`, which is one word of YAML
 
 
 @dataclass
@@ -93,7 +95,10 @@ class Reader:
         if not (equals and name and all(sections)):
             self.problems.append(f"override {text}: write key.path=value, e.g. training_args.max_steps=10")
             return
-        where = f"override {key}={'...' if SECRET_KEY.search(key) or SECRET_VALUE.search(value) else value}"
+        shown = spell_line(value)
+        if SECRET_KEY.search(key) or SECRET_VALUE.search(value):
+            shown = "..."
+        where = f"override {spell_line(key)}={shown}"
         parent = top
         for section in sections:
             child = parent.value.get(section)
@@ -103,7 +108,7 @@ class Reader:
                 self.problems.append(f"{where}: {child.key} is {spell(child.value)}; override {child.key} as a whole")
                 return
             parent = child
-        parent.value[name] = self._parse(value, key, lambda line: where)
+        parent.value[name] = self._parse(value, child_key(parent.key, name), lambda line: where)
 
     def _parse(self, text: str, key: str, place_of: Callable[[int], str]) -> Item:
         """The item of a YAML text; `place_of` gives the place of a line, counted from 1."""
@@ -112,9 +117,13 @@ class Reader:
             return Item(None, place_of(1), key) if node is None else self._item(node, key, place_of, 1)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
+            if mark and mark.line >= text.rstrip().count("\n") + 1 and error.context_mark:
+                mark = error.context_mark  # what is open at the end of the file: where it begins
             where = f"{place_of(mark.line + 1)}:{mark.column + 1}" if mark and not key else place_of(1)
             context = f"{error.context}, " if error.context else ""
             problem = f"{where}: not YAML: {context}{error.problem}; quote text with special characters"
+            if "'\\t'" in str(error.problem):
+                problem = f"{where}: not YAML: found a tab; indent with spaces"
         except yaml.reader.ReaderError as error:
             where = place_of(text.count("\n", 0, error.position) + 1)
             problem = f"{where}: not YAML: the character U+{error.character:04X} is not allowed; remove it"
@@ -148,6 +157,13 @@ class Reader:
             name = self._scalar(key_node, where) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(name, str | int) or isinstance(name, bool):  # a whole number: a device of max_memory
                 self.problems.append(f"{where}: a key of {key or 'the recipe'} is not text; put it in quotes")
+            elif (
+                isinstance(child, yaml.ScalarNode)
+                and not child.value
+                and not child.style
+                and (hint := space_hint(name))
+            ):
+                self.problems.append(f"{where}: {key or 'the recipe'}: found {spell(name)} without a value; {hint}")
             elif name in items:
                 first_line = items[name].where.rpartition(":")[2]
                 given = f"given in line {first_line} already" if first_line.isdigit() else "given twice"
@@ -158,11 +174,18 @@ class Reader:
 
     def _scalar(self, node: yaml.ScalarNode, label: str) -> Any:
         if node.tag == _TAG + "str":
+            if found := NO_TEXT.search(node.value):
+                what = "half of a surrogate pair," if found[0] >= "\ud800" else "the control character"
+                self.problems.append(f"{label}: holds {what} U+{ord(found[0]):04X}; remove it")
+                return None
             return node.value
         try:
             value = _SCALARS[node.tag.removeprefix(_TAG)][2](node.value)
-        except (KeyError, ValueError):
+        except KeyError:
             self.problems.append(f"{label}: found the YAML tag {node.tag}; write plain YAML")
+            return None
+        except ValueError:  # a tag that lies, or more digits than Python reads
+            self.problems.append(f"{label}: found {node.value:.30} as a number; give a finite number")
             return None
         if isinstance(value, int | float) and not abs(value) < 2**63:  # nan and inf too: JSON has no word for them
             self.problems.append(f"{label}: found {node.value:.30}; give a finite number")
@@ -198,6 +221,18 @@ def child_key(key: str, name: str | int) -> str:
     """The key of what stands in the section `key` under `name`, e.g. dataset.train."""
     text = str(name) if str(name).isprintable() else repr(name)
     return f"{key}.{text}" if key else text
+
+
+def spell_line(text: str) -> str:
+    """What was written on the command line, for an error: on one line and short."""
+    line = text if text.isprintable() else repr(text)
+    return line if len(line) <= MAX_SHOWN else line[: MAX_SHOWN - 3] + "..."
+
+
+def space_hint(text: Any) -> str:
+    """What to do about `key:value`; nothing where the text is not that."""
+    found = WITHOUT_SPACE.fullmatch(text) if isinstance(text, str) else None
+    return f"write a space after the colon: `{found[1]}: {found[2]}`" if found else ""
 
 
 def spell(value: Any) -> str:

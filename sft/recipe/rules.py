@@ -1,5 +1,7 @@
 """Settings that are right each by itself but not together."""
 
+import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -153,6 +155,26 @@ def _is_json(value: Any) -> bool:
     return not isinstance(value, str) or not re.search("[\ud800-\udfff]", value)
 
 
+def _paths(recipe: Recipe) -> Iterator[Problem]:
+    paths = {
+        "model_name_or_path": recipe.model_name_or_path,
+        "adapter_name_or_path": recipe.adapter_name_or_path,
+        "output_dir": str(recipe.output_dir),
+        "resume_from_checkpoint": recipe.resume_from_checkpoint,
+        "chat.template": recipe.chat.template,
+    }
+    for split in ("train", "validation", "test"):
+        sources = getattr(recipe.dataset, split)
+        paths |= {f"dataset.{split}[{i}].path": s.path for i, s in enumerate(sources if type(sources) is tuple else ())}
+    for key, path in paths.items():
+        try:
+            if isinstance(path, str):
+                os.stat(path)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+                yield key, f"{spell(path)} is no path that can be read: {error.strerror}; give another"
+
+
 def _output_dir(recipe: Recipe) -> Iterator[Problem]:
     if recipe.output_dir == Path(recipe.model_name_or_path):
         yield "output_dir", "is the model's own folder, which the run would overwrite; give another"
@@ -167,5 +189,6 @@ _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _templates,
     _date,
     _variables,
+    _paths,
     _output_dir,
 )

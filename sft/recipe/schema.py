@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.recipe.reader import SECRET_KEY, SECRET_VALUE, Item, child_key, spell
+from sft.plain_text import SECRET_KEY, SECRET_VALUE
+from sft.recipe.reader import Item, child_key, space_hint, spell
 
 Schema = dict[str, Any]
 
@@ -79,12 +80,14 @@ def problems_of(item: Item, schema: Schema) -> Iterator[str]:
     json_type = _JSON_TYPES.get(type(value), "null")
     choices = schema.get("enum")
     if isinstance(value, str) and SECRET_VALUE.search(value):
-        yield f"{item.label}: this looks like an access token; {NO_SECRETS}"
+        what = "is an address with a password" if "://" in value else "this looks like an access token"
+        yield f"{item.label}: {what}; {NO_SECRETS}"
     elif "anyOf" in schema:
         problems_by_choice = [[*problems_of(item, choice)] for choice in schema["anyOf"]]
         yield from () if [] in problems_by_choice else problems_by_choice[0]
     elif (types := _types(schema)) and json_type not in types and not (json_type == "integer" and "number" in types):
-        yield f"{item.label}: found {spell(value)}; give {' or '.join(_TYPE_WORDS[name] for name in types)}"
+        hint = (space_hint(value) if "object" in types else "") or f"give {' or '.join(_TYPE_WORDS[n] for n in types)}"
+        yield f"{item.label}: found {spell(value)}; {hint}"
     elif choices and not any(type(value) is type(choice) and value == choice for choice in choices):
         yield f"{item.label}: found {spell(value)}; {_nearest(value, choices) or _some('choose from', choices)}"
     elif json_type == "object":

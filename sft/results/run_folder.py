@@ -1,12 +1,17 @@
 """The folder of a run as it lies on disk: the shapes of its files, and the reading of them."""
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from sft.errors import UserError
+from sft.files import write_bytes
 from sft.results.scores import Scores
+
+DESCRIPTIONS = ("training_config.json", "data_ledger.json")  # what a run writes before it trains
 
 
 class Prediction(TypedDict):
@@ -42,6 +47,28 @@ class Run:
     @property
     def log(self) -> list[dict[str, Any]]:
         return (self.state or {}).get("log_history") or []
+
+
+def kept(folder: Path) -> Callable[[], None]:
+    """Remembers a folder. Returns: what puts it back as it was, unless something beside descriptions came into it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = {path.name: path.stat() for path in folder.iterdir()} if folder.is_dir() else {}
+    contents = {name: (folder / name).read_bytes() for name in DESCRIPTIONS if name in before}
+    times = {name: (before[name].st_atime_ns, before[name].st_mtime_ns) for name in contents}
+
+    def put_back() -> None:
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - before.keys() - {*DESCRIPTIONS, ".lock"}:
+            return
+        for name in DESCRIPTIONS:
+            if name in contents:
+                write_bytes(folder / name, contents[name])
+                os.utime(folder / name, ns=times[name])
+            else:
+                (folder / name).unlink(missing_ok=True)
+        for path in made:
+            path.rmdir()
+
+    return put_back
 
 
 def read_run(folder: Path) -> Run:

@@ -3,14 +3,18 @@
 import copy
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.splits import Data
 from sft.errors import ModelError
+from sft.model.load import load_config
+from sft.model.lora import read_adapter_config
+from sft.model.source import first_line
+from sft.plain_text import plain_text
 from sft.recipe import Recipe
 
 Pieces = list[tuple[str, bool]]  # (text, does it carry loss), in order
@@ -31,7 +35,8 @@ def mask_pieces(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], mask: 
 def render_pieces(pieces: Pieces, colour: bool) -> str:
     """For the terminal: green is trained on; without colour it stands between [[ and ]]."""
     on, off = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    return "".join(f"{on}{text}{off}" if trained else text for text, trained in pieces)
+    shown = [(plain_text(text), trained) for text, trained in pieces]
+    return "".join(f"{on}{text}{off}" if trained else text for text, trained in shown)
 
 
 def stop_token_line(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -65,18 +70,32 @@ def with_lora(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftM
 
     Raises: RecipeError: peft refuses lora_config for this model.
     """
+    key = "adapter_name_or_path" if recipe.adapter_name_or_path else "lora_config"
+    config: PeftConfig
     if recipe.adapter_name_or_path:
-        config = PeftConfig.from_pretrained(str(Path(recipe.adapter_name_or_path).expanduser()))
+        config = read_adapter_config(recipe.adapter_name_or_path, recipe)
         config.inference_mode = False
     elif recipe.lora_config is not None:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config})
     else:
         return model
-    config.init_lora_weights = False  # there is nothing to compute them from
+    config.init_lora_weights = False  # type: ignore[attr-defined]  # there is nothing to compute them from
     try:
         return get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
-        raise recipe.error("lora_config", str(error).splitlines()[0]) from None
+        raise recipe.error(key, first_line(error)) from None
+
+
+def refuse_unknown_ids(recipe: Recipe, data: Data) -> None:
+    """Raises: RecipeError: rows hold ids that the model has no embedding for."""
+    vocabulary = getattr(load_config(recipe).get_text_config(), "vocab_size", None)
+    columns = [file.rows.data.column("input_ids") for file in data.files if len(file.rows)]
+    highest = max((pa.compute.max(pa.compute.list_flatten(ids)).as_py() for ids in columns), default=0)
+    if vocabulary is not None and highest >= vocabulary:
+        raise recipe.error(
+            "model_name_or_path",
+            f"its tokenizer gives the id {highest:,}, and the model's vocabulary has {vocabulary:,}; these do not fit",
+        )
 
 
 def samples(data: Data, tokenizer: PreTrainedTokenizerBase, count: int = 2) -> list[dict[str, Any]]:

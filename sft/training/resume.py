@@ -13,7 +13,7 @@ from sft.training import parallel
 # A checkpoint may be resumed under other values of these; anything else would make it another run.
 FREE_ON_RESUME = re.compile(
     r"training_args\.(logging_|save_|eval_|report_to|run_name|disable_tqdm|num_train_epochs|max_steps|dataloader_|log_)"
-    r"|evaluation|export|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates)|model_init"
+    r"|evaluation|export|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)|model_init"
 )
 
 
@@ -68,8 +68,20 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
             raise recipe.error("resume_from_checkpoint", f"there is no checkpoint {chosen}; there is {near}")
         if not is_whole(chosen):
             raise recipe.error("resume_from_checkpoint", f"{chosen} is not a whole checkpoint (no trainer_state.json)")
+    _refuse_strange_state(recipe, chosen)
     _refuse_other_run(recipe, description, chosen)
     return chosen
+
+
+def _refuse_strange_state(recipe: Recipe, chosen: Path) -> None:
+    """Raises: RecipeError: trainer_state.json is JSON, but not what the Trainer writes."""
+    state = json.loads((chosen / "trainer_state.json").read_text(encoding="utf-8"))
+    for name in ("global_step", "max_steps", "train_batch_size"):
+        value = state.get(name) if isinstance(state, dict) else None
+        if type(value) is not int or value < 0:
+            raise recipe.error(
+                "resume_from_checkpoint", f"{chosen}/trainer_state.json is none of a run ({name}: {value!r:.40})"
+            )
 
 
 def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path) -> None:
@@ -78,6 +90,8 @@ def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path)
         return
     try:
         before = json.loads(left.read_text(encoding="utf-8"))
+        if not (isinstance(before, dict) and isinstance(before.get("recipe"), dict)):
+            raise ValueError("it is no description of a run")
     except ValueError:
         raise recipe.error(
             "resume_from_checkpoint", f"{left} cannot be read; it should say what made {chosen}"

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.errors import UserError
 from sft.files import write_json, writing
-from sft.model.lora import require_trainable, takes_logits_to_keep
+from sft.model.lora import missing_weights, require_trainable, takes_logits_to_keep
 from sft.model.machine import autocast_dtype, use_cpu
 from sft.model.source import first_line
 from sft.recipe import Recipe
@@ -53,6 +54,17 @@ REPORTERS = {
 NO_WEIGHTS = ("global_step*", "*.pt*", "zero_*", "latest", "trainer_state.json")
 
 
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Raises: UserError: a file of the checkpoint is not what it should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries make of such a file
+        raise UserError(f"{checkpoint} does not load: {first_line(error)}; name another checkpoint") from None
+
+
 class RowCountingCollator:
     """The collator, and beside its batch the tokens of each row, since packed rows come out as a single one."""
 
@@ -70,6 +82,14 @@ class CompletionTrainer(SFTTrainer):
     projects every position to the vocabulary and takes entropy and top-1 of each, which is most of a step; the loss
     here is the same number without that.
     """
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _takes_trls_loss(self, device_type: str) -> bool:
         return not self._is_plain_loss or (device_type == "cuda" and why_triton_fails() is None)
@@ -221,11 +241,15 @@ class CompletionTrainer(SFTTrainer):
         finally:
             before.restore()
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
         model: Any = self.model
         before = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            if isinstance(model, PeftModel) and not self.is_sharded:
+                if missing := missing_weights(model, Path(resume_from_checkpoint)):
+                    raise UserError(f"{resume_from_checkpoint} is another model's: it lacks {missing}; name another")
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(before[name])
 

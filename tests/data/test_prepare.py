@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 import sft.files
-from sft.data import splits, token_cache, tokens
+from sft.data import cache, splits, token_cache, tokens
 from sft.data.chat import CONTROL_AS_TEXT, ChatEncoder, Encoded
 from sft.data.ledger import find_repeats, ledger_table
 from sft.data.packing import best_fit, pack
@@ -570,12 +570,14 @@ def test_a_file_that_is_being_made_is_waited_for(run, files_read, monkeypatch):
     assert results == [20, 20] and files_read == ["train.jsonl"]
 
 
-def test_two_processes_at_once_make_the_rows_once(run, tmp_path):
+def test_two_processes_at_once_make_the_rows_once_and_neither_removes_what_the_other_uses(run, tmp_path):
     write("train.jsonl", *[talk(str(i), "2") for i in range(50)])
+    for i in range(2):
+        write(f"own{i}.jsonl", talk("own", str(i)))
     Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
     script = """
 import sys, time, datasets
-from sft.data import splits, token_cache, tokens
+from sft.data import cache, splits, token_cache, tokens
 from pathlib import Path
 from sft.model.tokenizer import with_defaults
 from sft.recipe import load_recipe
@@ -586,9 +588,17 @@ def slow(*args):
     made.append(1); time.sleep(0.5); real(*args)
 token_cache._write = slow
 tokenizer = build(FAMILIES["qwen2_5"], "bytes")
-Path(f"ready{sys.argv[1]}").touch()
-while len(list(Path().glob("ready*"))) < 2: time.sleep(0.01)
+def together(name):
+    Path(f"{name}{sys.argv[1]}").touch()
+    while len(list(Path().glob(f"{name}*"))) < 2: time.sleep(0.01)
+together("ready")
 print(len(made), len(splits.prepare(load_recipe("recipe.yaml"), tokenizer).train), len(made))
+own = [f"dataset.train=own{sys.argv[1]}.jsonl", "dataset.cache_gb=0"]
+data = splits.prepare(load_recipe("recipe.yaml", own), tokenizer)
+together("prepared")
+removed = cache.shrink(0)
+together("shrunk")
+print(len(removed), [Path(file["filename"]).exists() for file in data.train.cache_files])
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [
@@ -596,7 +606,9 @@ print(len(made), len(splits.prepare(load_recipe("recipe.yaml"), tokenizer).train
         for i in range(2)
     ]
     said = sorted(process.communicate(timeout=300)[0].strip() for process in both)
-    assert said == ["0 50 0", "0 50 1"]
+    assert said == ["0 50 0\n0 [True]", "0 50 1\n0 [True]"]
+    assert len(cache.entries()) == 3 and len(cache.shrink(0)) == 3, "they have ended"
+    assert not list((tmp_path / "cache/sft_token_rows").glob("[!.]*.used"))
 
 
 def test_rows_are_memory_mapped(run, tmp_path):

@@ -23,7 +23,7 @@ ROOMS = {
 }
 
 
-SHARED = ("errors", "files", "processes")  # what stands beside the rooms, and every one may use
+SHARED = ("errors", "files", "processes", "terminal")  # what stands beside the rooms, and every one may use
 
 
 def module_name(path):

@@ -20,7 +20,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from sft.data.chat import ChatEncoder
 from sft.data.row_formats import FORMATS
@@ -30,6 +29,7 @@ from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
 from sft.errors import DataError
 from sft.files import whole_folder
 from sft.recipe import Recipe
+from sft.terminal import bar
 
 
 @dataclass
@@ -97,15 +97,17 @@ def _frozen_heap() -> Iterator[None]:
 def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     with (
         _frozen_heap(),
-        tqdm(desc=f"Tokenising {file}", unit=" rows", disable=None, leave=False) as bar,
+        bar(f"tokenising {file}", None) as advance,
         open(folder / "rows.arrow", "wb") as sink,
         open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
         tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
+        read = 0
         for batch in tokeniser.batches(read_rows(file)):
             writer.write_batch(batch)
-            bar.update(tokeniser.rows_read - bar.n)
+            advance(tokeniser.rows_read - read)
+            read = tokeniser.rows_read
     tokeniser.reader.refuse_unused_columns(file)
     tokeniser.problems.sort()
     facts = {**tokeniser.facts(), "problems": tokeniser.problems}

@@ -8,14 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from sft import processes
+from sft.processes import is_first
 
 UNWRAPPED = Column(no_wrap=True)  # and not cut, as long as there is something else to cut
 
 
 def is_watched() -> bool:
     """Whether a terminal shows what this process prints, and this process is the one that speaks."""
-    return processes.is_first() and Console().is_interactive
+    return is_first() and Console().is_interactive
 
 
 class TimeLeft(TimeRemainingColumn):

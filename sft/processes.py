@@ -42,11 +42,6 @@ def say(text: str, is_plain: bool = False) -> None:
         print(text if is_plain else plain_text(text), flush=True)
 
 
-def hides_bars() -> bool | None:
-    """tqdm's `disable`: all but the first process, whose share is the longest; None: where nobody looks."""
-    return None if is_first() else True
-
-
 def joined() -> bool:
     """Whether there are several and they can talk, which they can once SFTConfig has set up the devices."""
     if count() == 1:

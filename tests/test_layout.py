@@ -23,7 +23,7 @@ ROOMS = {
 }
 
 
-SHARED = ("errors", "faults", "files", "plain_text", "processes")  # what stands beside the rooms
+SHARED = ("errors", "faults", "files", "plain_text", "processes", "terminal")  # what stands beside the rooms
 
 
 def module_name(path):

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any, TypedDict
 
 import numpy as np
+from rich.cells import cell_len
 
 from sft.data.near_copies import NearCopies, find_near_copies
 from sft.data.token_cache import TokenFile
@@ -149,11 +150,11 @@ def ledger_table(ledger: Ledger) -> str:
     """The ledger as a table for the terminal."""
     head = ("split", "file", "rows", "used", "dropped", "trimmed", "tokens", "supervised")
     lines = [head, *map(_table_line, ledger["files"])]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(head))]
+    text = []
+    for line in lines:
+        padding = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join(c + p if i < 2 else p + c for i, (c, p) in enumerate(zip(line, padding, strict=True))))
     for file in ledger["files"]:
         path = file["path"]
         for kind, at in file["dropped"].items():

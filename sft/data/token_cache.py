@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 import datasets
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from sft.data import cache
 from sft.data.chat import ChatEncoder
@@ -30,6 +29,7 @@ from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
 from sft.errors import DataError
 from sft.plain_text import plain_text
 from sft.recipe import Recipe
+from sft.terminal import bar
 
 
 @dataclass
@@ -89,15 +89,17 @@ def _frozen_heap() -> Iterator[None]:
 def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     with (
         _frozen_heap(),
-        tqdm(desc=f"Tokenising {plain_text(file)}", unit=" rows", disable=None, leave=False) as bar,
+        bar(f"tokenising {plain_text(file)}", None) as advance,
         open(folder / "rows.arrow", "wb") as sink,
         open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
         tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
+        read = 0
         for batch in tokeniser.batches(read_rows(file), file):
             writer.write_batch(batch)
-            bar.update(tokeniser.rows_read - bar.n)
+            advance(tokeniser.rows_read - read)
+            read = tokeniser.rows_read
     tokeniser.reader.refuse_unused_columns(file)
     tokeniser.problems.sort()
     facts = {**tokeniser.facts(), "problems": tokeniser.problems, "source": str(file)}

@@ -9,15 +9,14 @@ from typing import Any, TypedDict, cast
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation, assistant_turns
 from sft.files import json_line, write_json_lines, writing
 from sft.model.lora import base_of
 from sft.recipe import Recipe
+from sft.terminal import bar
 
 CausalLM = PreTrainedModel | PeftModel
 
@@ -189,27 +188,25 @@ def generate_answers(
     """Generates what `answers` does not hold yet: batches of like length, left-padded, the longest first."""
     waiting = sorted((t for t in turns if (name, t.key) not in answers.entries), key=lambda t: -len(t.prompt))
     stops = set(config.eos_token_id)
-    done, hidden = len(turns) - len(waiting), processes.hides_bars()
-    bar = tqdm(total=len(turns), initial=done, desc=f"Answers ({name})", disable=hidden, leave=False)
-    while waiting:
-        batch = waiting[:batch_size]
-        try:
-            rows = generate(model, encoder, [turn.prompt for turn in batch], config)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size = (batch_size + 1) // 2
-            torch.cuda.empty_cache()
-            continue
-        for turn, row in zip(batch, rows, strict=True):
-            end = next((i for i, token in enumerate(row) if token in stops), None)
-            text = answer_text(encoder, row[:end])
-            text = text if "</think>" in turn.reference else without_thoughts(text)
-            answers.add(name, turn.key, text, finished=end is not None)
-        answers.flush()
-        del waiting[: len(batch)]
-        bar.update(len(batch))
-    bar.close()
+    with bar(f"answers of {name}", len(turns), len(turns) - len(waiting)) as advance:
+        while waiting:
+            batch = waiting[:batch_size]
+            try:
+                rows = generate(model, encoder, [turn.prompt for turn in batch], config)
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size = (batch_size + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            for turn, row in zip(batch, rows, strict=True):
+                end = next((i for i, token in enumerate(row) if token in stops), None)
+                text = answer_text(encoder, row[:end])
+                text = text if "</think>" in turn.reference else without_thoughts(text)
+                answers.add(name, turn.key, text, finished=end is not None)
+            answers.flush()
+            del waiting[: len(batch)]
+            advance(len(batch))
 
 
 def generate(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from sft import processes
 from sft.data.chat import ChatEncoder
@@ -35,6 +34,7 @@ from sft.results.answers import (
 from sft.results.export import weights_digest
 from sft.results.run_folder import Prediction
 from sft.results.scores import Columns, ModelName, Scores, load_metric, score_answers
+from sft.terminal import bar
 
 ANSWER_COLUMNS = ("predictions", "finished")
 DEFAULT_CHAT = ChatOptions()
@@ -217,25 +217,24 @@ def reference_losses(
     rows = list(_reference_rows(encoder, {turn.place: turn.conversation for turn in turns}, chat))
     rows.sort(key=lambda row: -len(row[0]))
     pad = encoder.tokenizer.pad_token_id or 0
-    bar = tqdm(total=len(rows), desc="References", disable=processes.hides_bars(), leave=False)
-    while rows:
-        size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][0])))
-        batch, rows = rows[:size], rows[size:]
-        width = max(len(input_ids) for input_ids, _ in batch)
-        padding = [width - len(input_ids) for input_ids, _ in batch]
-        padded = [[*input_ids, *[pad] * n] for (input_ids, _), n in zip(batch, padding, strict=True)]
-        ids = torch.tensor(padded).to(model.device)
-        mask = torch.tensor([[1] * (width - n) + [0] * n for n in padding]).to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, (_, answers) in enumerate(batch):
-            for key, (start, stop) in answers.items():
-                # The logits at a position are for the token after it.
-                predicted, labels = logits[row, start - 1 : stop - 1].float(), ids[row, start:stop]
-                loss = cross_entropy(predicted, labels, reduction="sum").item()
-                correct = int((predicted.argmax(-1) == labels).sum())
-                losses[key] = ReferenceLoss(loss, correct, tokens=stop - start)
-        bar.update(len(batch))
-    bar.close()
+    with bar("losses of references", len(rows)) as advance:
+        while rows:
+            size = max(1, min(batch_size, LOGIT_ROWS // len(rows[0][0])))
+            batch, rows = rows[:size], rows[size:]
+            width = max(len(input_ids) for input_ids, _ in batch)
+            padding = [width - len(input_ids) for input_ids, _ in batch]
+            padded = [[*input_ids, *[pad] * n] for (input_ids, _), n in zip(batch, padding, strict=True)]
+            ids = torch.tensor(padded).to(model.device)
+            mask = torch.tensor([[1] * (width - n) + [0] * n for n in padding]).to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for row, (_, answers) in enumerate(batch):
+                for key, (start, stop) in answers.items():
+                    # The logits at a position are for the token after it.
+                    predicted, labels = logits[row, start - 1 : stop - 1].float(), ids[row, start:stop]
+                    loss = cross_entropy(predicted, labels, reduction="sum").item()
+                    correct = int((predicted.argmax(-1) == labels).sum())
+                    losses[key] = ReferenceLoss(loss, correct, tokens=stop - start)
+            advance(len(batch))
     columns = zip(*(losses[turn.key] for turn in turns), strict=True)
     return dict(zip(ReferenceLoss._fields, map(list, columns), strict=True))
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from sft.results.curves import curves_of
 from sft.results.replies import GROUPS, Reply, choose_replies, first_of_each_group
 from sft.results.run_folder import read_run
@@ -26,6 +28,8 @@ def run_summary(output_dir: Path) -> str:
     found = [name + "/" * (output_dir / name).is_dir() for name in names if (output_dir / name).exists()]
     files = textwrap.fill("  ".join(found), COLUMNS, initial_indent="  ", subsequent_indent="  ")
     parts.append(f"in {plain(output_dir)}:\n{files}")
+    if (output_dir / "report.html").exists():
+        parts.append(f"next: python -m webbrowser {plain(output_dir / 'report.html')}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -42,10 +46,17 @@ def _loss_lines(log: list[dict[str, Any]]) -> Iterator[str]:
 def _score_lines(scores: Scores) -> Iterator[str]:
     rows = f"{scores.get('rows', 0):,} answers"
     yield f"{'score':<16}{'before':>12}{'after':>12}  {rows}"
-    for row in score_table(scores):
+    table = score_table(scores)
+    verdicts = [row.verdict for row in table]
+    shared = {verdict for verdict in verdicts if verdicts.count(verdict) > 1 and len(verdict) > COLUMNS // 2}
+    for row in table:
         before, after = (side[0] if side else "-" for side in (row.before, row.after))
-        line = f"  {_fit(row.name, 14)}{before:>12}{after:>12}  {_fit(row.verdict, 2 * COLUMNS).rstrip()}"
+        verdict = "" if row.verdict in shared else _fit(row.verdict, 2 * COLUMNS).rstrip()
+        line = f"  {_fit(row.name, 14)}{before:>12}{after:>12}  {verdict}".rstrip()
         yield textwrap.fill(line, COLUMNS, subsequent_indent=" " * 42)
+    for verdict in sorted(shared):  # what is the same for several scores is said once
+        names = ", ".join(row.name for row in table if row.verdict == verdict)
+        yield textwrap.fill(f"  {names}: {_fit(verdict, 3 * COLUMNS).rstrip()}", COLUMNS, subsequent_indent="  ")
 
 
 def _reply_lines(reply: Reply) -> Iterator[str]:
@@ -69,18 +80,6 @@ def _fit(text: str, columns: int) -> str:
     ('one two  ', 'one …', '世界 ')
     """
     text = " ".join("".join(c for c in plain(text) if unicodedata.category(c) != "Cf" or c in JOINERS).split())
-    width = sum(map(_columns, text))
-    if width > columns:
-        beginning, width = "", 1  # of the ellipsis
-        for character in text:
-            if width + _columns(character) > columns:
-                break
-            beginning, width = beginning + character, width + _columns(character)
-        text = beginning + "…"
-    return text + " " * (columns - width)
-
-
-def _columns(character: str) -> int:
-    if unicodedata.combining(character) or character in JOINERS:
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    if cell_len(text) > columns:
+        text = set_cell_size(text, columns - 1) + "…"
+    return set_cell_size(text, columns)

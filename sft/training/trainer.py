@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 from trl import SFTConfig, SFTTrainer
 
@@ -31,6 +32,7 @@ from sft.model.source import first_line
 from sft.recipe import Recipe
 from sft.training import parallel
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
+from sft.training.progress import TrainingLine
 from sft.training.resume import checkpoints, is_whole
 from sft.training.stop import GivenUp, RandomStates
 from sft.training.triton_probe import why_triton_fails
@@ -83,6 +85,15 @@ class CompletionTrainer(SFTTrainer):
     here is the same number without that.
     """
 
+    def __init__(self, *args: Any, is_plain: bool = False, **kwargs: Any):
+        """is_plain: no live line."""
+        super().__init__(*args, **kwargs)
+        for callback in (PrinterCallback, ProgressCallback):  # which print raw dicts
+            self.remove_callback(callback)
+        self.tokens_seen = 0
+        self._line = TrainingLine(lambda: self.tokens_seen, is_plain)
+        self.add_callback(self._line)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -127,7 +138,11 @@ class CompletionTrainer(SFTTrainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+        return super().get_batch_samples(map(self._counted, epoch_iterator), num_batches, device)
+
+    def _counted(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.tokens_seen += int(batch["row_tokens"].sum())
+        return self._without_repeats(batch)
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -221,7 +236,7 @@ class CompletionTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains. A step or a validation that a signal has cut short leaves the checkpoint of the step before it."""
-        with attention_per_conversation(self.model):
+        with attention_per_conversation(self.model), self._line:
             try:
                 return super().train(*args, **kwargs)
             except GivenUp:
@@ -395,6 +410,7 @@ def make_trainer(
         eval_dataset=data.validation,
         processing_class=tokenizer,
         callbacks=callbacks,
+        is_plain=bool(recipe.training_args.get("disable_tqdm")),
     )
     if args.fp16 and not trainer.is_deepspeed_enabled:
         # The gradient scaler takes gradients of float32 weights only: of float16 weights it raises, and of the

@@ -43,7 +43,7 @@ from sft.results.export import describe_run
 from sft.results.parity import prove_parity
 from sft.results.summary import run_summary
 from sft.results.words import parity_line
-from sft.training import check, packing_probe, parallel, resume, trainer
+from sft.training import arguments, check, packing_probe, parallel, resume, trainer
 from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal
 from sft.training.trainer import CompletionTrainer
@@ -105,7 +105,7 @@ def settle_day(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
 def join_processes(recipe: Recipe) -> None:
     """Where a launcher started several: sets up their devices, so that from here on they can talk."""
     if processes.count() > 1:
-        trainer.check_training_config(recipe)
+        arguments.check_training_config(recipe)
 
 
 def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -114,7 +114,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     Returns: the model without weights, by which disk and memory are estimated.
     """
     check_machine(recipe)
-    config = trainer.check_training_config(recipe)
+    config = arguments.check_training_config(recipe)
     if line := parallel.gpus_line(recipe):
         say(line)
     model = meta_model(recipe)
@@ -123,7 +123,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     check_targets(recipe, model)
     if recipe.adapter_name_or_path:
         find_model(recipe.adapter_name_or_path, recipe, "adapter_name_or_path", "adapter_config.json")
-    trainer.check_optimizer(recipe, config, check.with_lora(recipe, model))
+    arguments.check_optimizer(recipe, config, check.with_lora(recipe, model))
     return model
 
 
@@ -226,13 +226,13 @@ def _describe(recipe: Recipe, description: dict[str, Any], data: Data, meta_mode
 def _disk_line(recipe: Recipe, meta_model: PreTrainedModel, data: Data) -> str:
     """Raises: RecipeError: the disk is too small for what the run will write."""
     weights = sum(p.numel() for p in meta_model.parameters())
-    return check.check_disk(recipe, weights, check.trained_weights(recipe, meta_model), trainer.steps(recipe, data))
+    return check.check_disk(recipe, weights, check.trained_weights(recipe, meta_model), arguments.steps(recipe, data))
 
 
 @memory_advice(LOAD_ADVICE)
 def load_for_training(recipe: Recipe) -> PreTrainedModel:
     """The base model; with FSDP its weights are read once a machine, with ZeRO-3 each process keeps its part."""
-    args = trainer.training_config(recipe)  # held while the model is read: by it transformers knows of ZeRO-3
+    args = arguments.training_config(recipe)  # held while the model is read: by it transformers knows of ZeRO-3
     return load_model(recipe, read_by_first=parallel.is_read_once(args))
 
 
@@ -252,7 +252,7 @@ def train(
     say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
     if torch.cuda.is_available() and not use_cpu(recipe) and (why := why_triton_fails()):
         say(f"the loss is our own, which takes more memory than trl's: Triton wants a C compiler and Python.h ({why})")
-    steps = trainer.steps(recipe, data)
+    steps = arguments.steps(recipe, data)
     done = checkpoint and processes.decide(lambda: resume.is_finished(checkpoint, steps))
     finished = checkpoint if done else None
     if checkpoint is not None:

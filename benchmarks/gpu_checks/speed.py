@@ -21,7 +21,7 @@ from sft.model.load import load_model, meta_model
 from sft.model.lora import add_lora
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
-from sft.training import check, trainer
+from sft.training import arguments, check, trainer
 from sft.training.memory import estimate_memory
 
 LENGTHS = (2048, 8192) if ON_GPU else (512, 1024)
@@ -103,7 +103,7 @@ def _both_trainers(recipe: Recipe, model: Any, held_before: int) -> Iterator[Lin
     yield judged(f"{length} tokens, speed", finite, figure, step_seconds=ours.seconds, **numbers)
     yield _memory(recipe, meta, ours.peak_bytes - held_before)
 
-    args = trainer.training_config(recipe)
+    args = arguments.training_config(recipe)
     args.padding_free, args.max_length = True, None  # how trl keeps packed rows apart; they are cut already
     packed = rows[:]
     same = datasets.Dataset.from_dict({key: packed[key] for key in ("input_ids", "seq_lengths")} | {"labels": labels})

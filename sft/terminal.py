@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -16,6 +16,13 @@ UNWRAPPED = Column(no_wrap=True)  # and not cut, as long as there is something e
 def is_watched() -> bool:
     """Whether a terminal shows what this process prints, and this process is the one that speaks."""
     return is_first() and Console().is_interactive
+
+
+class Steps(ProgressColumn):
+    """Steps made, and of how many where that is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}"))
 
 
 class TimeLeft(TimeRemainingColumn):
@@ -41,7 +48,7 @@ def live_line() -> Progress:
     head = (
         TextColumn("{task.description}", markup=False, table_column=UNWRAPPED),
         BarColumn(bar_width=6, table_column=UNWRAPPED),
-        MofNCompleteColumn(table_column=UNWRAPPED),
+        Steps(table_column=UNWRAPPED),
         TimeLeft(compact=True, table_column=UNWRAPPED),
     )
     return Progress(*head, Values(), console=Console(), transient=True, disable=not is_watched())

@@ -1,13 +1,18 @@
 """Whole runs through run_sft.py on a tiny random model with the real Qwen2.5 tokenizer."""
 
+import codecs
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -37,13 +42,13 @@ def command(recipe, output, model, *overrides):
     return [str(recipe), f"model_name_or_path={model}", f"output_dir={output}", *DEMO, *overrides]
 
 
-def run_process(arguments, cache):
+def run_process(arguments, cache, stdout=subprocess.PIPE):
     """run_sft.py in a process of its own, as a user starts it."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run_sft.py"), *arguments],
         cwd=ROOT,
-        env={**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
+        env={**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
         encoding="utf-8",
@@ -192,7 +197,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, t
     stopped = command(recipe, tmp_path / "stopped", tiny_qwen, *overrides)
     process = run_process(stopped, tmp_path / "cache")
     seen = ""
-    while "'loss'" not in seen:
+    while "  loss " not in seen:
         seen += process.stdout.readline()
         assert process.poll() is None, seen
     process.send_signal(signal.SIGINT)
@@ -205,24 +210,60 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, t
     assert digest(tmp_path / "stopped/lora_adapter") == digest(tmp_path / "straight/lora_adapter")
 
 
+class Terminal:
+    """A pseudo-terminal of 80 columns. text: what came out of it so far."""
+
+    def __init__(self):
+        import fcntl
+        import pty
+        import termios
+
+        self.text = ""
+        self._inside, self.outside = pty.openpty()
+        fcntl.ioctl(self.outside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        decode = codecs.getincrementaldecoder("utf-8")().decode
+        with contextlib.suppress(OSError):  # Linux' word for its end
+            while some := os.read(self._inside, 4096):
+                self.text += decode(some)
+
+    def shown(self):
+        """Its lines, redrawn ones too, without colours and movements of the cursor. Nothing more can be written."""
+        os.close(self.outside)
+        self._reader.join(10)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo-terminals")
 def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path, capfd):
+    """Begun at a terminal, where it shows one live line; ended in a pipe, where it shows plain ones."""
     recipe = ROOT / "recipes/qwen_qlora.yaml"
     arguments = command(
         recipe, tmp_path / "out", tiny_qwen, *LORA, "training_args.max_steps=12", "training_args.save_steps=2"
     )
-    process = run_process(arguments, tmp_path / "cache")
+    terminal = Terminal()
+    process = run_process(arguments, tmp_path / "cache", stdout=terminal.outside)
     until = time.monotonic() + 300
     while not (tmp_path / "out/checkpoint-4/trainer_state.json").exists():
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None and time.monotonic() < until, terminal.text
         time.sleep(0.02)
     process.kill()
     process.communicate()
+    lines = terminal.shown()
+    live = r"step ━+[╸╺━ ]* \d+/12 .*loss \d+\.?\d* .*lr \S+ [\d,]+ tok/s \d+\.\d GB"
+    assert any(re.match(live, line) for line in lines), lines
+    assert max(len(line) for line in lines if re.match("step|valid|tokenising", line)) <= 80, lines
+    assert not any("{" in line for line in lines), lines
     half = tmp_path / "out/checkpoint-99"
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"cut off")
     assert run_sft.main(arguments) == 0
     said = capfd.readouterr().out
     assert "going on from" in said and "checkpoint-99" not in said
+    assert re.search(r"^step 12 of 12  loss .* tok/s .* GB  0:00:00 left$", said, re.M) and "\x1b" not in said
     assert json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 12
 
 

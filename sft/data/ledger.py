@@ -149,8 +149,12 @@ def _named(found: NearCopies, test: Split, train: Split) -> NamedRows:
 def ledger_table(ledger: Ledger) -> str:
     """The ledger as a table for the terminal."""
     head = ("split", "file", "rows", "used", "dropped", "trimmed", "tokens", "supervised")
-    lines = [head, *map(_table_line, ledger["files"])]
-    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(head))]
+    rows = [head, *map(_table_line, ledger["files"])]
+    kept = [
+        i for i, name in enumerate(head) if name not in ("dropped", "trimmed") or {row[i] for row in rows[1:]} - {"0"}
+    ]
+    lines = [[row[i] for i in kept] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
         padding = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]

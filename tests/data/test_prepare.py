@@ -723,3 +723,8 @@ def test_streaming_needs_max_steps_and_takes_no_weights(run):
         run("dataset.streaming=true")
     with pytest.raises(RecipeError, match="a stream has no weights"):
         run(*STREAM, "dataset.train={path: train.jsonl, weight: 2}")
+
+
+def test_ledger_table_leaves_out_what_happened_to_no_row(run):
+    write("train.jsonl", talk("Hi.", "Ho."))
+    assert ledger_table(run().ledger).splitlines()[0] == "split  file         rows  used  tokens  supervised"

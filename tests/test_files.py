@@ -1,11 +1,14 @@
 """What is written is whole, or as it was before."""
 
 from datetime import date
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from sft.errors import UserError
-from sft.files import require_space, whole_folder, write_bytes, write_json, write_json_lines, write_text
+from sft.files import require_space, whole_folder, write_bytes, write_json, write_json_lines, write_text, writing
 
 
 def names(folder):
@@ -52,6 +55,15 @@ def test_a_file_stays_as_it_was_where_its_successor_breaks_off(tmp_path):
 def test_a_file_that_cannot_be_written_is_the_users_to_mend(write, tmp_path):
     with pytest.raises(UserError, match=r"missing.a\.json cannot be written: No such file or directory"):
         write(tmp_path / "missing" / "a.json", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_a_full_disk_is_known_by_the_words_of_a_rust_library_too():
+    with pytest.raises(UserError, match="/dev/full cannot be written: No space left on device, .* free some space"):
+        with writing(Path("/dev/full")):
+            Tokenizer(BPE()).save("/dev/full")
+    with pytest.raises(ZeroDivisionError), writing(Path("/dev/full")):
+        1 / 0  # noqa: B018 - an error of ours stays one
 
 
 def test_a_folder_is_replaced_whole(tmp_path):

@@ -268,7 +268,7 @@ jsonl("a zip", b"PK\x03\x04" + bytes(30), "train.jsonl: is a zip file, as .xlsx 
 jsonl("a PDF", b"%PDF-1.7\n1 0 obj\n", "train.jsonl:1: is not JSON")
 jsonl("a Parquet file", b"PAR1" + bytes(30) + b"PAR1", "is a Parquet file; give its name the")
 jsonl("YAML", "human: Hi.\nassistant: Hello.\n", "train.jsonl:1: is not JSON: Expecting value at column 1")
-jsonl("JSON over several lines", json.dumps(ROW, indent=1), "train.jsonl:1: is not JSON")
+jsonl("JSON over several lines", json.dumps(ROW, indent=1), "it goes on in the next line; write each row in")
 jsonl("single quotes", str(ROW), "train.jsonl:1: is not JSON: Expecting property name enclosed in double quotes")
 jsonl("a cut line", GOOD + GOOD[:20], "train.jsonl:2: is not JSON: ")
 jsonl("two objects in a line", GOOD.strip() * 2, "train.jsonl:1: is not JSON: Extra data at column")
@@ -676,6 +676,13 @@ tokenizer(
 tokenizer("an unknown model", TOKENIZER, vocabulary(lambda s: s["model"].update(type="Nosuch")), NO_TOKENIZER)
 tokenizer("a vocabulary of text", TOKENIZER, vocabulary(lambda s: s["model"].update(vocab="a")), NO_TOKENIZER)
 tokenizer("ids beyond the model's vocabulary", CONFIG, changed(vocab_size=10), "vocabulary has 10; these do not fit")
+NAMED_TWICE = [{"name": "default", "template": CHATML}, {"name": "../../a", "template": CHATML}]
+add(
+    "tokenizer",
+    "a template that is called as a file elsewhere",
+    "its tokenizer names a chat template '../../a', which is no name of a file",
+    {f"model/{SETTINGS}": changed(chat_template=NAMED_TWICE), "model/chat_template.jinja": None},
+)
 tokenizer("settings that are no JSON", SETTINGS, "{", NO_TOKENIZER)
 tokenizer("settings that are a list", SETTINGS, "[]", NO_TOKENIZER)
 tokenizer("an end that is a number", SETTINGS, changed(eos_token=5), NO_TOKENIZER)

@@ -1,6 +1,7 @@
 """The tokenizer of a recipe, with a chat template and a pad token."""
 
 import json
+import re
 from typing import Any
 
 import jinja2.meta
@@ -33,6 +34,10 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise recipe.error("model_name_or_path", f"its tokenizer does not load: {first_line(error)}") from None
     if not tokenizer.encode("a", add_special_tokens=False):  # what transformers makes of a folder without a vocabulary
         raise recipe.error("model_name_or_path", "its tokenizer knows no text; its tokenizer.json is missing")
+    names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ()
+    if wrong := next((name for name in names if not re.fullmatch(r"[\w-]+", name)), None):
+        what = f"its tokenizer names a chat template {wrong!r:.60}, which is no name of a file"
+        raise recipe.error("model_name_or_path", what)
     if recipe.chat.template is not None:
         tokenizer.chat_template = _read_template(recipe, recipe.chat.template)
     elif recipe.chat.response_template is not None:

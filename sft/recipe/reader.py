@@ -177,7 +177,6 @@ class Reader:
             if found := NO_TEXT.search(node.value):
                 what = "half of a surrogate pair," if found[0] >= "\ud800" else "the control character"
                 self.problems.append(f"{label}: holds {what} U+{ord(found[0]):04X}; remove it")
-                return None
             return node.value
         try:
             value = _SCALARS[node.tag.removeprefix(_TAG)][2](node.value)

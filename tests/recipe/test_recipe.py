@@ -136,6 +136,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "packing": "auto",
             "columns": None,
             "near_duplicates": "report",
+            "cache_gb": 20,
             "num_proc": None,
             "streaming": False,
         },

@@ -78,7 +78,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
     if "train" in splits:
         _apply_weights(splits["train"], recipe)
     views = {name: split.view() for name, split in splits.items() if name != "test"}
-    if options.packing:
+    if options.packing:  # a run has decided what auto is (packing_probe.py); undecided it packs, and the trainer looks
         views = {name: pack(view, options.max_length) for name, view in views.items()}
         data.ledger["packing"] = {name: len(view) for name, view in views.items()}
     data.train, data.validation = views.get("train"), views.get("validation")

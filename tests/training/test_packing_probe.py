@@ -5,15 +5,19 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import (
     BloomConfig,
     Gemma3TextConfig,
     JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    Mamba2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
+    RecurrentGemmaConfig,
 )
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -175,7 +179,9 @@ def test_the_models_of_the_shipped_recipes_are_packed(name):
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_other_attentions_are_tried_without_compiling(attention):
+    counters.clear()
     found = probe(LlamaConfig(**SMALL), collator(), options={"attn_implementation": attention})
+    assert not counters["stats"], "no graph was compiled"
     assert found.exact and 0 < found.off < 1e-5, "not bit for bit what sdpa gives"
 
 
@@ -236,6 +242,9 @@ def test_widths_and_vocabulary_are_divided_and_what_decides_the_mask_stays():
     assert (small.sliding_window, small.num_attention_heads, small.num_key_value_heads) == (512, 8, 4)
     assert (small.attention_dropout, small.pad_token_id, small.eos_token_id) == (0.0, 0, 0)
     assert small.layer_types == config.layer_types and config.hidden_size == 2304
+    assert narrowed(RecurrentGemmaConfig(attention_window_size=2048), 16).attention_window_size == 2048
+    assert narrowed(Llama4TextConfig(attention_chunk_size=8192), 16).attention_chunk_size == 8192
+    assert narrowed(Mamba2Config(chunk_size=256), 16).chunk_size == 16  # no mask: how its plain code shares out work
 
 
 def test_a_factor_for_each_frequency_is_left_for_each_that_stays():

@@ -268,7 +268,7 @@ jsonl("a zip", b"PK\x03\x04" + bytes(30), "train.jsonl: is a zip file, as .xlsx 
 jsonl("a PDF", b"%PDF-1.7\n1 0 obj\n", "train.jsonl:1: is not JSON")
 jsonl("a Parquet file", b"PAR1" + bytes(30) + b"PAR1", "is a Parquet file; give its name the")
 jsonl("YAML", "human: Hi.\nassistant: Hello.\n", "train.jsonl:1: is not JSON: Expecting value at column 1")
-jsonl("JSON over several lines", json.dumps(ROW, indent=1), "it goes on in the next line; write each row in")
+jsonl("JSON over several lines", json.dumps(ROW, indent=1), "at column 1; write each row in one line")
 jsonl("single quotes", str(ROW), "train.jsonl:1: is not JSON: Expecting property name enclosed in double quotes")
 jsonl("a cut line", GOOD + GOOD[:20], "train.jsonl:2: is not JSON: ")
 jsonl("two objects in a line", GOOD.strip() * 2, "train.jsonl:1: is not JSON: Extra data at column")

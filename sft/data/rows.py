@@ -175,9 +175,8 @@ def _parsed(line: bytes) -> Any:
         byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         return FormatError(f"is not UTF-8 ({byte}); if the file is GBK or the like, save it as UTF-8")
     except json.JSONDecodeError as error:
-        if line.strip() in (b"{", b"["):
-            return FormatError("is not JSON: it goes on in the next line; write each row in one line")
-        return FormatError(f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
+        hint = "; write each row in one line" if line.strip() == b"{" else ""
+        return FormatError(f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{hint}")
     except ValueError:
         return FormatError(TOO_MANY_DIGITS)
     except FormatError as error:

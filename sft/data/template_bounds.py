@@ -160,7 +160,7 @@ def bound(environment: Any) -> None:
         elif args or kwargs:
             values = [*args, *kwargs.values()]
             _spend(OF_CALL + sum([len(value) for value in values if type(value) in SIZED]) // OF_TEXT)
-            if function is environment.globals.get("strftime_now"):
+            if getattr(function, "__name__", "").startswith("strftime"):
                 _charge_product(values, True)
         else:
             _spend(OF_CALL)

@@ -42,9 +42,9 @@ def day_of_run(recipe: Recipe) -> str | None:
     """The day that the chat template showed when the run in output_dir began; None if there is none yet."""
     try:
         left = json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return left["recipe"]["chat"]["date"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None  # a run that goes on says what is wrong with the file
-    return left.get("recipe", {}).get("chat", {}).get("date")
 
 
 def _commit() -> str | None:

@@ -30,7 +30,7 @@ def train(recipe: Recipe, check: bool) -> int:
         trainer = run.train(recipe, model, tokenizer, data, checkpoint)
         del model  # the trainer's now, which lets go of it where scoring reads it again
         clock.lap("train")
-        run.save(recipe, trainer, tokenizer, data.encoder)
+        run.save(recipe, trainer, tokenizer, data, description)
         run.check_parity(recipe, description, data)
         clock.lap("export")
         run.score(recipe, data, trainer)

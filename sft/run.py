@@ -5,10 +5,11 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import processes
-from sft.data.chat import ChatEncoder
 from sft.data.chat_template import shows_day
+from sft.data.conversation import Conversation
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, first_conversations, prepare
 from sft.errors import UserError
@@ -37,9 +38,9 @@ from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
-from sft.results.parity import prove_parity
+from sft.results.parity import prompts_of, prove_parity
 from sft.results.summary import run_summary
-from sft.results.words import parity_line
+from sft.results.words import merge_line, parity_line
 from sft.training import check, parallel, resume, trainer
 from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal, Stopped, interrupted
@@ -47,6 +48,8 @@ from sft.training.trainer import CompletionTrainer
 from sft.training.triton_probe import why_triton_fails
 
 __all__ = ["add_lora", "describe_run", "load_tokenizer"]
+
+CERTIFIED_PROMPTS = 8  # on which a merged model is compared with base and adapter
 
 
 class Clock:
@@ -238,15 +241,24 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the GPU"
 
 
-def save(recipe: Recipe, trained: CompletionTrainer, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder) -> None:
-    """lora_adapter/ and final_model/: every process adds its part of the weights, and the first does the rest."""
+def save(
+    recipe: Recipe,
+    trained: CompletionTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    description: dict[str, Any],
+) -> None:
+    """lora_adapter/ and final_model/: every process adds its part of the weights, and the first does the rest.
+
+    Notes in `description` how far the merged model is from base and adapter.
+    """
     folder = export.staging(recipe)
     has_lora = hasattr(trained.accelerator.unwrap_model(trained.model), "peft_config")
     processes.decide(lambda: shutil.rmtree(folder, ignore_errors=True))
     if has_lora or trained.is_sharded:
         processes.agree(lambda: _save_whole(trained, folder))
     try:
-        processes.decide(lambda: _publish(recipe, trained, tokenizer, encoder, has_lora))
+        processes.decide(lambda: _publish(recipe, trained, tokenizer, data, description, has_lora))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -262,20 +274,36 @@ def _publish(
     recipe: Recipe,
     trained: CompletionTrainer,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: ChatEncoder,
+    data: Data,
+    description: dict[str, Any],
     has_lora: bool,
 ) -> None:
     if has_lora:
         say(f"saved {export.save_adapter(recipe)}")
         if recipe.export.merge:
-            say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids)}")
+            merge(recipe, tokenizer, data, description)
         return
     if trained.is_sharded:
         model: Any = load_trained(recipe, export.staging(recipe))
     else:
         model = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
     model.to(checkpoint_dtype(recipe))
-    say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, model)}")
+    say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids, model)}")
+
+
+def merge(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, description: dict[str, Any]) -> None:
+    """final_model/ from lora_adapter/, compared on the first prompts; notes in `description` what came of it.
+
+    Raises: ModelError: it is not base and adapter, and is not kept.
+    """
+    prompts = [prompt.ids for prompt in islice(prompts_of(data.encoder, _shown(recipe, data)), CERTIFIED_PROMPTS)]
+    description["merge"] = export.save_merged_model(recipe, tokenizer, data.encoder.stop_ids, prompts)
+    say(f"saved {recipe.output_dir / 'final_model'}\n{merge_line(description['merge'])}")
+
+
+def _shown(recipe: Recipe, data: Data) -> Sequence[tuple[str, Conversation]]:
+    """The conversations on which an export is checked: of the test split, or the first rows that were trained on."""
+    return data.test_conversations or first_conversations(data, recipe)
 
 
 def check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
@@ -290,8 +318,7 @@ def check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> Non
 
 def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
     final_model = recipe.output_dir / "final_model"
-    conversations = data.test_conversations or first_conversations(data, recipe)
-    description["parity"] = prove_parity(final_model, data.encoder, conversations)
+    description["parity"] = prove_parity(final_model, data.encoder, _shown(recipe, data))
     for folder in (recipe.output_dir, final_model):
         write_json(folder / "training_config.json", description)
     say(parity_line(description["parity"]))

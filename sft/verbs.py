@@ -11,7 +11,7 @@ from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.summary import run_summary
-from sft.run import check_parity, join_processes, settle_day
+from sft.run import check_parity, join_processes, merge, settle_day
 
 
 def score_again(recipe: Recipe) -> int:
@@ -42,7 +42,7 @@ def score_again(recipe: Recipe) -> int:
 
 
 def export_again(recipe: Recipe) -> int:
-    """--export: final_model/ from lora_adapter/, once more."""
+    """--export: final_model/ from lora_adapter/, and the page, once more."""
     adapter = recipe.output_dir / "lora_adapter"
     if not adapter.is_dir():
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
@@ -51,6 +51,8 @@ def export_again(recipe: Recipe) -> int:
     tokenizer = load_tokenizer(recipe)
     recipe = settle_day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
-    say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
-    check_parity(recipe, json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8")), data)
+    description = json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8"))
+    merge(recipe, tokenizer, data, description)
+    check_parity(recipe, description, data)
+    page.write_report(recipe.output_dir)
     return 0

@@ -32,9 +32,18 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftMo
 
 
 def load_adapter(
-    model: PreTrainedModel, name: str, recipe: Recipe, trainable: bool = False, key: str = "adapter_name_or_path"
+    model: PreTrainedModel,
+    name: str,
+    recipe: Recipe,
+    trainable: bool = False,
+    key: str = "adapter_name_or_path",
+    assign: bool = False,
 ) -> PeftModel:
-    """A LoRA adapter on its base. Raises: RecipeError: it is not there, or it was made for another model."""
+    """A LoRA adapter on its base.
+
+    Args: assign: the adapter's tensors take the places of the model's, whose memory is not written to.
+    Raises: RecipeError: it is not there, or it was made for another model.
+    """
     reach = find_model(name, recipe, key, "adapter_config.json")
     if recipe.lora_config and trainable:
         adapter_config = PeftConfig.from_pretrained(name, **reach)
@@ -46,7 +55,7 @@ def load_adapter(
                     f"is {value}, and the adapter {name} has {adapter_value}; make it equal, or remove it",
                 )
     try:
-        reach["autocast_adapter_dtype"] = _lora_is_float32(recipe)
+        reach |= {"autocast_adapter_dtype": _lora_is_float32(recipe), "low_cpu_mem_usage": assign}
         return PeftModel.from_pretrained(model, str(Path(name).expanduser()), is_trainable=trainable, **reach)
     except (RuntimeError, ValueError, OSError) as error:
         raise recipe.error(key, f"{name} does not fit this model: {first_line(error)}") from None

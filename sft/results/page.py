@@ -15,6 +15,7 @@ from sft.results.replies import GROUPS, choose_replies
 from sft.results.run_folder import read_run
 from sft.results.words import (
     headline,
+    merge_line,
     message_text,
     notices,
     parity_line,
@@ -45,6 +46,7 @@ def write_report(output_dir: Path) -> Path:
         notices=notices(run.ledger) if run.ledger else [],
         resources=resources(run),
         parity=parity_line(run.config["parity"]) if run.config.get("parity") else None,
+        merge=merge_line(run.config["merge"]) if run.config.get("merge") else None,
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=1000),
     )
     write_bytes(output_dir / "loss.png", loss_png(run.log))

@@ -155,6 +155,40 @@ def parity_line(parity: dict[str, Any]) -> str:
     return f"{words}; it stops at {', '.join(f'{token} ({id})' for token, id in parity['stops'].items())}"
 
 
+def merge_line(certificate: dict[str, Any]) -> str:
+    """How far final_model/ is from base and adapter, in words.
+
+    >>> near = {"logits": 0.35, "kl": 1.7e-4, "greedy": 1.0}
+    >>> print(merge_line({"prompts": 8, "positions": 256, "dtype": "bfloat16", "export": near, "not_judged": "why"}))
+    merge: final_model/ against base and adapter, 256 tokens of 8 prompts: not judged, why; in bfloat16: logits to \
+0.35, KL 0.00017, 100.0% of greedy tokens agree
+    """
+    if reason := certificate.get("not_checked"):
+        return f"merge: not compared with base and adapter; {reason}"
+
+    def told(name: str, difference: dict[str, float]) -> str:
+        greedy = f"{difference['greedy']:.1%} of greedy tokens agree"
+        return f"{name}: logits to {difference['logits']:.2g}, KL {difference['kl']:.2g}, {greedy}"
+
+    words = (
+        "merge: final_model/ against base and adapter, "
+        f"{certificate['positions']:,} tokens of {certificate['prompts']:,} prompts: "
+    )
+    if "merge_error" in certificate:
+        error, bound = certificate["merge_error"], certificate["bound"]
+        parts = [
+            f"equal to {error:.1g} of at most {bound:.1g}, rounding left out",
+            told("in float32", certificate["float32"]),
+        ]
+    else:
+        parts = [f"not judged, {certificate['not_judged']}"]
+    if certificate["dtype"] != "float32":
+        parts.append(told(f"in {certificate['dtype']}", certificate["export"]))
+    if "quantised" in certificate:
+        parts.append(told("against the quantised base that was trained", certificate["quantised"]))
+    return words + "; ".join(parts)
+
+
 def notices(ledger: dict[str, Any]) -> list[str]:
     """What a person should know about the data, the gravest first."""
 

@@ -1,11 +1,11 @@
 """Fine-tunes a chat model as one YAML recipe says: python run_sft.py recipes/qwen_qlora.yaml"""
 
 import argparse
-import ctypes
 import logging
 import sys
 
 from sft import processes
+from sft.allocator import keep_freed_memory
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
 
@@ -42,19 +42,7 @@ def train(recipe: Recipe, check: bool) -> int:
 def set_up(debug: bool) -> None:
     """What must be set before torch and the libraries are imported."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    if sys.platform == "linux":
-        keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep the blocks that a step frees for the next step; other C libraries have no such switch."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of glibc's malloc.h
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_max, 0)
+    keep_freed_memory()
 
 
 def main(arguments: list[str] | None = None) -> int:

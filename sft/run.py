@@ -328,7 +328,7 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
     """Scores base and tuned on the test split, if there is one; each process answers its share."""
     if not data.test_conversations:
         return
-    if trained.is_sharded:
+    if trained.is_sharded or recipe.evaluation.model == "final":
         trained.free_memory(model=True)
         with memory_advice():
             evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def load_on_meta(recipe: Recipe) -> tuple[PreTrainedModel, set[str]]:
 def _load_errors(recipe: Recipe) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, UnpicklingError) as error:  # the last: a .bin that holds code
         raise recipe.error("model_name_or_path", f"does not load: {first_line(error)}") from None
 
 

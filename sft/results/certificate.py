@@ -28,7 +28,7 @@ from sft.model.machine import default_dtype, local_device
 from sft.recipe import Recipe
 from sft.results.merge import merge_in_memory
 
-PROMPT_TOKENS = 128  # the last of each prompt
+PROMPT_TOKENS = 64  # the last of each prompt
 POSITIONS = 32  # the last of these, whose logits are compared: with 8 prompts and 152,000 tokens a copy has 156 MB
 BOUND = 1e-4  # of the largest logit, or of 1 if that is larger
 HEADROOM = 1.2  # memory beside the weights, as a factor

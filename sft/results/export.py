@@ -145,7 +145,8 @@ def _merge(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterabl
     is_glm = merger.model.config.model_type == "chatglm" and recipe.export.format != "chatglm"
     weights = folder / "weights"  # out of the way of save_pretrained, which clears its folder of shards
     weights.mkdir()
-    merger.write(weights, partial(glm_tensors, cast(ChatGLMForCausalLM, merger.model)) if is_glm else None)
+    renamed = {"renamed": partial(glm_tensors, cast(ChatGLMForCausalLM, merger.model))} if is_glm else {}
+    merger.write(weights, **renamed)
     model = cast(PreTrainedModel, merger.adapted.unload().to("meta", default_dtype(recipe)))
     if merger.is_untied:
         untie(model)

@@ -1,8 +1,8 @@
-"""Merges an adapter onto its base shard by shard: memory holds one shard and the adapter, never the model.
+"""Merges an adapter onto its base shard by shard: memory holds one module and the adapter, never the model.
 
 The base is made with weights that take no memory, and peft puts the adapter around them. Then each file of the base is
-written anew: of a module that the adapter changes the weights are read in float32, peft merges them, and they are
-rounded once, to the dtype of the export; all else is copied. Files and names of tensors stay the base's.
+written anew, tensor by tensor: of a module that the adapter changes the weights are read in float32, peft merges them,
+and they are rounded once, to the dtype of the export; all else is copied. Files and names of tensors stay the base's.
 
 What transformers makes of several tensors when it reads a base (experts that it stacks, e.g. Mixtral's) can be copied,
 but not merged so: then NotByShard says why, and the caller merges in memory.
@@ -12,19 +12,21 @@ import json
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import _TYPES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
+from sft.allocator import give_freed_memory_back
 from sft.errors import ModelError
 from sft.model.load import load_on_meta
 from sft.model.lora import load_adapter
@@ -32,6 +34,7 @@ from sft.model.source import find_model, first_line, local_or_hub
 from sft.recipe import Recipe
 
 Tensors = Iterator[tuple[str, torch.Tensor]]  # (name, tensor)
+TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}  # what safetensors calls torch's dtypes
 
 
 class NotByShard(Exception):
@@ -53,17 +56,19 @@ class BaseFile:
     def __init__(self, path: Path):
         if path.suffix == ".safetensors":
             opened = safe_open(path, framework="pt", backend="pread")  # mapped pages would count as this process's
-            self.names, self.tensor = list(opened.keys()), opened.get_tensor
+            self.tensor = opened.get_tensor
+            self.shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            self.names, self.tensor = list(tensors), tensors.__getitem__
+            self.tensor = tensors.__getitem__
+            self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
 
 class ShardMerger:
     """An adapter on a base without weights, ready to be merged.
 
-    model: the base, with the adapter around its modules. size: of its weights as exported, in bytes. is_untied: set in
-    `write` where the output embeddings have come to differ from the input embeddings, which were the same weight.
+    model: the base, with the adapter around its modules. size: of its weights as exported, in bytes. is_untied: known
+    after `write`, whether the output embeddings have come to differ from the input embeddings, which were one weight.
 
     Raises: NotByShard; RecipeError: base or adapter do not load.
     """
@@ -75,10 +80,11 @@ class ShardMerger:
         self._dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
         self._files = [BaseFile(path) for path in _weight_files(recipe, self.model)]
         self._names = _Names(self.model)
-        found = (self._names.locate(file, name) for file in self._files for name in file.names)
+        found = (self._names.locate(file, name) for file in self._files for name in file.shapes)
         # What the model has no use for stays behind, as when it is saved: old rotary tables, heads for other tasks.
         self._tensors = [tensor for tensor in found if tensor.weight in self._dtypes]
         self._sources = {tensor.weight: tensor for tensor in self._tensors if tensor.is_whole}
+        self._brought: dict[str, torch.Tensor] = {}  # of the base's weights by the adapter
         self._ties = self._find_ties()
         modules = dict(self.model.named_modules())
         _take_no_memory(self.model)
@@ -93,7 +99,11 @@ class ShardMerger:
         }
         self._require_whole()
         self._merged: dict[str, torch.Tensor] = {}  # of a module whose tensors are not all written yet
-        self.is_untied = False
+        self._untied: list[str] = []
+
+    @property
+    def is_untied(self) -> bool:
+        return bool(self._untied)
 
     def _find_ties(self) -> dict[str, str]:
         """{weight: the weight that it shares its memory with}, of which the files hold the second only."""
@@ -135,48 +145,67 @@ class ShardMerger:
         source = self._sources.get(weight) or self._sources[self._ties[weight]]
         return source.file.tensor(source.name).to(self._dtypes[weight])
 
-    def write(self, folder: Path, renamed: Callable[[str, torch.Tensor], Tensors] | None = None) -> None:
-        """Writes the merged weights as safetensors. renamed: what is written instead of a tensor.
+    def write(
+        self, folder: Path, renamed: Callable[[str, torch.Tensor], Tensors] = lambda *named: iter([named])
+    ) -> None:
+        """Writes the merged weights as safetensors. renamed: what is written of a named tensor instead.
 
-        Raises: ModelError: a merged weight is no number. OSError, SafetensorError: they cannot be written.
+        Raises: ModelError: a merged weight is no number. OSError: they cannot be written.
         """
+        with give_freed_memory_back():
+            self._write(folder, renamed)
+
+    def _write(self, folder: Path, renamed: Callable[[str, torch.Tensor], Tensors]) -> None:
+        self._find_untied()
         files = [file for file in self._files if any(tensor.file is file for tensor in self._tensors)]
         weight_map: dict[str, str] = {}
-        size = 0
         for number, file in enumerate(files, start=1):
             name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            shard = dict(self._shard(file, renamed or (lambda name, tensor: iter([(name, tensor)]))))
-            save_file(shard, folder / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, name)
-            size += sum(tensor.nbytes for tensor in shard.values())
-            del shard
+            outputs = self._outputs(file)
+            layout = {new: tensor for old, empty, _ in outputs for new, tensor in renamed(old, empty)}
+            _save(folder / name, layout, (tensor for old, _, make in outputs for _, tensor in renamed(old, make())))
+            weight_map |= dict.fromkeys(layout, name)
         if len(files) > 1:
+            size = sum(tensor.nbytes for file in files for _, tensor, _ in self._outputs(file))
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
-    def _shard(self, file: BaseFile, renamed: Callable[[str, torch.Tensor], Tensors]) -> Tensors:
-        for tensor in self._tensors:
-            if tensor.file is not file:
-                continue
-            if not tensor.is_whole:
-                yield tensor.name, file.tensor(tensor.name).to(self._dtypes[tensor.weight])
-                continue
-            merged = self._result(tensor.weight)
-            yield from renamed(tensor.name, merged)
-            for tied in (weight for weight, source in self._ties.items() if source == tensor.weight):
-                is_changed = {tied, tensor.weight} & self._owners.keys()
-                if is_changed and not torch.equal(other := self._result(tied), merged):
-                    self.is_untied = True
-                    yield from renamed(tied, other)
+    def _outputs(self, file: BaseFile) -> list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]]:
+        """What is written of a file: name, tensor without contents, and what makes it; the widest numbers first."""
+        outputs: list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]] = []
+        for tensor in (tensor for tensor in self._tensors if tensor.file is file):
+            empty = torch.empty(file.shapes[tensor.name], dtype=self._dtypes[tensor.weight], device="meta")
+            outputs.append((tensor.name, empty, partial(self._result, tensor)))
+            if tensor.is_whole:
+                tied = [weight for weight in self._untied if self._ties[weight] == tensor.weight]
+                outputs += [(weight, empty, partial(self._take, weight)) for weight in tied]
+        return sorted(outputs, key=lambda output: -output[1].itemsize)  # so each lies at a multiple of its width
 
-    def _result(self, weight: str) -> torch.Tensor:
-        """A weight as it is exported."""
+    def _find_untied(self) -> None:
+        for weight, source in self._ties.items():
+            is_changed = {weight, source} & self._owners.keys()
+            if is_changed and not torch.equal(self._exported(weight), self._exported(source)):
+                self._untied.append(weight)
+
+    def _result(self, tensor: BaseTensor) -> torch.Tensor:
+        """What is written of a tensor of the base."""
+        if tensor.is_whole:
+            return self._take(tensor.weight)
+        return tensor.file.tensor(tensor.name).to(self._dtypes[tensor.weight])
+
+    def _take(self, weight: str) -> torch.Tensor:
+        """A weight as it is exported, which is then forgotten."""
+        exported = self._exported(weight)
+        self._merged.pop(weight, None)
+        return exported
+
+    def _exported(self, weight: str) -> torch.Tensor:
         if weight not in self._owners:
-            return self._read(weight).contiguous()
+            return self._read(weight)
         if weight not in self._merged:
             self._merge(self._owners[weight])
-        return self._merged.pop(weight)
+        return self._merged[weight]
 
     @torch.no_grad()
     def _merge(self, path: str) -> None:
@@ -188,7 +217,7 @@ class ShardMerger:
         module = _merged(path, wrapper)
         dtypes = {name: self._dtypes[f"{path}.{name}"] for name in module.state_dict()}
         _round(path, module, dtypes)
-        self._merged |= {f"{path}.{name}": tensor.contiguous() for name, tensor in module.state_dict().items()}
+        self._merged |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
         _take_no_memory(module)
 
 
@@ -294,6 +323,25 @@ def _require_plain(recipe: Recipe, model: PreTrainedModel, missing: set[str]) ->
         raise NotByShard("the base's files hold quantised weights")
     if missing:
         raise NotByShard(f"{min(missing)} is in no file of the base")
+
+
+def _save(path: Path, layout: Mapping[str, torch.Tensor], tensors: Iterator[torch.Tensor]) -> None:
+    """Writes a safetensors file of tensors as they come, none of which is held then; save_file asks for all at once.
+
+    Args: layout: their names and, by tensors without contents, their types and shapes, in the same order.
+    Source: the format, https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, empty in layout.items():
+        start, end = end, end + empty.nbytes
+        header[name] = {"dtype": TYPE_NAMES[empty.dtype], "shape": list(empty.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _take_no_memory(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from sft.results.words import (
     plain,
     resources,
     score_table,
+    scored_model,
     spelled_out,
     story,
 )
@@ -40,6 +41,7 @@ def write_report(output_dir: Path) -> Path:
         story=story(run),
         headline=headline(run.scores, rows) if run.scores else None,
         score_table=rows,
+        scored_model=scored_model(run.scores) if run.scores else "",
         plots=list(plots(run.log)),
         replies=choose_replies(run),
         groups=GROUPS,

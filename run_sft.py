@@ -1,13 +1,13 @@
 """Fine-tunes a chat model as one YAML recipe says: python run_sft.py recipes/qwen_qlora.yaml"""
 
 import argparse
-import ctypes
 import gc
 import logging
 import signal
 import sys
 
 from sft import faults, processes
+from sft.allocator import keep_freed_memory
 from sft.errors import UserError
 from sft.plain_text import PlainFormatter, plain_text
 from sft.recipe import Recipe, load_recipe
@@ -34,7 +34,7 @@ def train(recipe: Recipe, check: bool) -> int:
         trainer = run.train(recipe, model, tokenizer, data, checkpoint)
         del model  # the trainer's now, which lets go of it where scoring reads it again
         clock.lap("train")
-        run.save(recipe, trainer, tokenizer, data.encoder)
+        run.save(recipe, trainer, tokenizer, data, description)
         run.check_parity(recipe, description, data)
         clock.lap("export")
         run.score(recipe, data, trainer)
@@ -48,8 +48,7 @@ def set_up(debug: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, handlers=[handler])
-    if sys.platform == "linux":
-        keep_freed_memory()
+    keep_freed_memory()
 
 
 def import_libraries() -> None:
@@ -63,17 +62,6 @@ def import_libraries() -> None:
 
         gc.freeze()
         gc.enable()
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep the blocks that a step frees for the next step; other C libraries have no such switch."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of glibc's malloc.h
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_max, 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

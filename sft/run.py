@@ -6,10 +6,11 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import processes
-from sft.data.chat import ChatEncoder
 from sft.data.chat_template import shows_day
+from sft.data.conversation import Conversation
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, first_conversations, prepare
 from sft.errors import UserError
@@ -40,9 +41,9 @@ from sft.recipe import Recipe
 from sft.results import export, page, run_folder
 from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
-from sft.results.parity import prove_parity
+from sft.results.parity import prompts_of, prove_parity
 from sft.results.summary import run_summary
-from sft.results.words import parity_line
+from sft.results.words import merge_line, parity_line
 from sft.training import arguments, check, packing_probe, parallel, resume, trainer
 from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal
@@ -59,6 +60,7 @@ MERGE_ADVICE = (
     "what was saved above is kept; set export.merge: false, and merge with --export on a machine that holds the "
     "unquantised model"
 )
+CERTIFIED_PROMPTS = 8  # on which a merged model is compared with base and adapter
 
 
 class Clock:
@@ -279,8 +281,17 @@ def _device_name() -> str:
 
 
 @memory_advice(MERGE_ADVICE)
-def save(recipe: Recipe, trained: CompletionTrainer, tokenizer: PreTrainedTokenizerBase, encoder: ChatEncoder) -> None:
-    """lora_adapter/ and final_model/: every process adds its part of the weights, and the first does the rest."""
+def save(
+    recipe: Recipe,
+    trained: CompletionTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    description: dict[str, Any],
+) -> None:
+    """lora_adapter/ and final_model/: every process adds its part of the weights, and the first does the rest.
+
+    Notes in `description` how far the merged model is from base and adapter.
+    """
     folder = export.staging(recipe)
     has_lora = hasattr(trained.accelerator.unwrap_model(trained.model), "peft_config")
     trained.refuse_broken_weights()
@@ -288,7 +299,7 @@ def save(recipe: Recipe, trained: CompletionTrainer, tokenizer: PreTrainedTokeni
     try:
         if has_lora or trained.is_sharded:
             processes.agree(lambda: _save_whole(trained, folder))
-        processes.decide(lambda: _publish(recipe, trained, tokenizer, encoder, has_lora))
+        processes.decide(lambda: _publish(recipe, trained, tokenizer, data, description, has_lora))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -302,20 +313,36 @@ def _publish(
     recipe: Recipe,
     trained: CompletionTrainer,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: ChatEncoder,
+    data: Data,
+    description: dict[str, Any],
     has_lora: bool,
 ) -> None:
     if has_lora:
         say(f"saved {export.save_adapter(recipe)}")
         if recipe.export.merge:
-            say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids)}")
+            merge(recipe, tokenizer, data, description)
         return
     if trained.is_sharded:
         model: Any = load_trained(recipe, export.staging(recipe))
     else:
         model = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
     model.to(checkpoint_dtype(recipe))
-    say(f"saved {export.save_final_model(recipe, tokenizer, encoder.stop_ids, model)}")
+    say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids, model)}")
+
+
+def merge(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, description: dict[str, Any]) -> None:
+    """final_model/ from lora_adapter/, compared on the first prompts; notes in `description` what came of it.
+
+    Raises: ModelError: it is not base and adapter, and is not kept.
+    """
+    prompts = [prompt.ids for prompt in islice(prompts_of(data.encoder, _shown(recipe, data)), CERTIFIED_PROMPTS)]
+    description["merge"] = export.save_merged_model(recipe, tokenizer, data.encoder.stop_ids, prompts)
+    say(f"saved {recipe.output_dir / 'final_model'}\n{merge_line(description['merge'])}")
+
+
+def _shown(recipe: Recipe, data: Data) -> Sequence[tuple[str, Conversation]]:
+    """The conversations on which an export is checked: of the test split, or the first rows that were trained on."""
+    return data.test_conversations or first_conversations(data, recipe)
 
 
 def check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
@@ -330,8 +357,7 @@ def check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> Non
 
 def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
     final_model = recipe.output_dir / "final_model"
-    conversations = data.test_conversations or first_conversations(data, recipe)
-    description["parity"] = prove_parity(final_model, data.encoder, conversations)
+    description["parity"] = prove_parity(final_model, data.encoder, _shown(recipe, data))
     for folder in (recipe.output_dir, final_model):
         write_json(folder / "training_config.json", description)
     say(parity_line(description["parity"]))
@@ -342,7 +368,7 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
     """Scores base and tuned on the test split, if there is one; each process answers its share."""
     if not data.test_conversations:
         return
-    if trained.is_sharded:
+    if trained.is_sharded or recipe.evaluation.model == "final":
         trained.free_memory(model=True)
         evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe))
         return

@@ -9,11 +9,11 @@ from sft.model.machine import check_machine
 from sft.model.tokenizer import load_tokenizer
 from sft.processes import say
 from sft.recipe import Recipe
-from sft.results import export, page
+from sft.results import page
 from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.scores import Scores
 from sft.results.summary import run_summary
-from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, settle_day, sole_writer
+from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, merge, settle_day, sole_writer
 
 
 def score_again(recipe: Recipe) -> int:
@@ -48,7 +48,7 @@ def _tell(recipe: Recipe, scores: Scores) -> None:
 
 
 def export_again(recipe: Recipe) -> int:
-    """--export: final_model/ from lora_adapter/, once more."""
+    """--export: final_model/ from lora_adapter/, and the page, once more."""
     adapter = recipe.output_dir / "lora_adapter"
     if not adapter.is_dir():
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
@@ -58,7 +58,8 @@ def export_again(recipe: Recipe) -> int:
     recipe = settle_day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
     with sole_writer(recipe), memory_advice(MERGE_ADVICE):
-        say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
-        config = json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8"))
-        check_parity(recipe, config, data)
+        description = json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8"))
+        merge(recipe, tokenizer, data, description)
+        check_parity(recipe, description, data)
+        page.write_report(recipe.output_dir)
     return 0

@@ -120,7 +120,7 @@ def load_model(
         options.setdefault("device_map", {"": local_device(recipe)})
     elif not quantised:
         options.pop("device_map", None)
-    try:
+    with _load_errors(recipe):
         if read_by_first and "quantization_config" not in options and os.environ.get("LOCAL_RANK", "0") != "0":
             model = _without_weights(recipe, options)
         else:
@@ -130,10 +130,6 @@ def load_model(
                 )
             model = loaded[0]
             _refuse_random_weights(recipe, model, loaded[1]["missing_keys"])
-    except UserError:
-        raise
-    except Exception as error:  # whatever the libraries make of files that are not what they should be
-        raise recipe.error("model_name_or_path", f"does not load: {_why_not(recipe, error)}") from None
     model.config.use_cache = False
     _keep_4bit_weights_trainable(model)
     return model
@@ -165,6 +161,31 @@ def _why_not(recipe: Recipe, error: Exception) -> str:
     return first_line(error)
 
 
+def load_on_meta(recipe: Recipe) -> tuple[PreTrainedModel, set[str]]:
+    """The base as from_pretrained makes it of its files, but with its weights on the meta device.
+
+    Returns: the model, and the names of weights that are in no file.
+    Raises: RecipeError: it does not load.
+    """
+    reach = find_model(recipe.model_name_or_path, recipe)
+    options = {"use_safetensors": True, **recipe.model_init, "dtype": default_dtype(recipe), **reach}
+    options |= {"device_map": "meta", "output_loading_info": True}
+    with _load_errors(recipe), _read_by_first(False):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
+    model, info = loaded
+    return model, info["missing_keys"]
+
+
+@contextmanager
+def _load_errors(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries make of files that are not what they should be
+        raise recipe.error("model_name_or_path", f"does not load: {_why_not(recipe, error)}") from None
+
+
 def _without_weights(recipe: Recipe, options: dict[str, Any]) -> PreTrainedModel:
     """The model with its buffers but with memory that nobody has written to for weights: FSDP brings them.
 
@@ -183,9 +204,13 @@ def _without_weights(recipe: Recipe, options: dict[str, Any]) -> PreTrainedModel
 
 
 def load_trained(recipe: Recipe, folder: Path) -> PreTrainedModel:
-    """A model that full fine-tuning left in a folder, in the dtype that its base is scored in."""
+    """A model that a run left in a folder, in the dtype that its base is scored in."""
     with _read_by_first(False):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=default_dtype(recipe, training=False))
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=default_dtype(recipe, training=False),
+            trust_remote_code=recipe.model_init.get("trust_remote_code", False),
+        )
 
 
 def _keep_4bit_weights_trainable(model: PreTrainedModel) -> None:

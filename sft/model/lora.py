@@ -35,9 +35,18 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftMo
 
 
 def load_adapter(
-    model: PreTrainedModel, name: str, recipe: Recipe, trainable: bool = False, key: str = "adapter_name_or_path"
+    model: PreTrainedModel,
+    name: str,
+    recipe: Recipe,
+    trainable: bool = False,
+    key: str = "adapter_name_or_path",
+    assign: bool = False,
 ) -> PeftModel:
-    """A LoRA adapter on its base. Raises: RecipeError: it is not there, or it was made for another model."""
+    """A LoRA adapter on its base.
+
+    Args: assign: the adapter's tensors take the places of the model's, whose memory is not written to.
+    Raises: RecipeError: it is not there, or it was made for another model.
+    """
     reach = find_model(name, recipe, key, "adapter_config.json")
     adapter_config = read_adapter_config(name, recipe, key, **reach)
     if recipe.lora_config and trainable:
@@ -56,7 +65,7 @@ def load_adapter(
             what = "its weights are a pickle; to read it, as weights only, set model_init.use_safetensors: false"
             raise recipe.error(key, f"{name}: {what}")
     try:
-        reach["autocast_adapter_dtype"] = _lora_is_float32(recipe)
+        reach |= {"autocast_adapter_dtype": _lora_is_float32(recipe), "low_cpu_mem_usage": assign}
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, **reach)
         missing = missing_weights(adapted, folder)
     except Exception as error:  # whatever the libraries make of files that are not what they should be

@@ -96,6 +96,7 @@ class EvaluationOptions:
     """The section `evaluation`."""
 
     metrics: tuple[str, ...] = option(("bleu", "chrf", "rouge"), "folders of metrics/", uniqueItems=True)
+    model: Literal["adapter", "final"] = option("adapter", "what is scored after LoRA; final: final_model/, read again")
     batch_size: int = option(16, "answers generated at a time", minimum=1)
     max_samples: int | None = option(None, "rows of the test split that are scored; null: all", minimum=1)
     language: Literal["zh", "ja", "th", "other"] | None = option(None, "decides the tokens of scores; null: by script")

@@ -100,6 +100,14 @@ def _evaluation_during_training(recipe: Recipe) -> Iterator[Problem]:
         yield "training_args.save_strategy", "'best' needs training_args.metric_for_best_model; give eval_loss"
 
 
+def _evaluated_model(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.evaluation.model == "final" and not (recipe.export.merge or recipe.trains_all_weights):
+        yield (
+            "evaluation.model",
+            "final needs export.merge: true, which writes final_model/; turn it on, or set adapter",
+        )
+
+
 def _splits(recipe: Recipe) -> Iterator[Problem]:
     dataset = recipe.dataset
     shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(dataset, name), float)}
@@ -184,6 +192,7 @@ _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _quantization,
     _target_modules,
     _evaluation_during_training,
+    _evaluated_model,
     _splits,
     _columns,
     _templates,

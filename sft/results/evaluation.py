@@ -125,32 +125,47 @@ def _write_scores(recipe: Recipe, turns: Sequence[Turn], columns: Mapping[ModelN
         language=recipe.evaluation.language,
         conversations=[turn.place for turn in turns],
     )
+    if "tuned" in columns:
+        scores["model"] = "final" if recipe.trains_all_weights else recipe.evaluation.model
     write_json_lines(recipe.output_dir / "predictions.jsonl", _predictions(turns, columns))
     write_json(recipe.output_dir / "scores.json", scores)
     return scores
 
 
 def models_on_disk(recipe: Recipe) -> list[EvaluatedModel]:
-    """Base and tuned: of the run in output_dir, or what an override names; the base alone where there is no run."""
+    """Base and tuned: of the run in output_dir, or what an override names; the base alone where there is no run.
+
+    Raises: RecipeError: evaluation.model is final, and there is none, or an override names an adapter.
+    """
     adapter, final = recipe.output_dir / "lora_adapter", recipe.output_dir / "final_model"
-    device = local_device(recipe)
-    base: Any = load_model(recipe, training=False)
-    if not recipe.quantization_config:
-        base.to(device)
-    base_name = recipe.model_name_or_path
     chosen = recipe.adapter_name_or_path
-    if adapter.is_dir() and chosen in (None, _begun_from(recipe)):
+    is_own = chosen in (None, _begun_from(recipe))
+    as_shipped = recipe.evaluation.model == "final"
+    if as_shipped and not (is_own and final.is_dir()):
+        found = f"there is no {final}" if is_own else f"{final} is not of the adapter {chosen}"
+        raise recipe.error("evaluation.model", f"{found}; set evaluation.model: adapter")
+    device = local_device(recipe)
+    base: Any = load_model(recipe, quantised=not as_shipped, training=False)
+    if as_shipped or not recipe.quantization_config:
+        base.to(device)
+    if adapter.is_dir() and is_own:
         chosen = str(adapter)  # the run's own, also where it went on from another
-    if chosen:
+    if chosen and not as_shipped:
         model = load_adapter(base, chosen, recipe, key="adapter_name_or_path")
-        digest = processes.decide(lambda: weights_digest(recipe, Path(chosen)))
-        return [EvaluatedModel("base", model, False, base_name), EvaluatedModel("tuned", model, True, digest)]
-    if final.is_dir() and recipe.trains_all_weights:
+        return _pair(recipe, model, model, Path(chosen))
+    if as_shipped or (final.is_dir() and recipe.trains_all_weights):
         tuned: Any = load_trained(recipe, final)
-        tuned.to(device)
-        digest = processes.decide(lambda: weights_digest(recipe, final))
-        return [EvaluatedModel("base", base, True, base_name), EvaluatedModel("tuned", tuned, True, digest)]
-    return [EvaluatedModel("base", base, True, base_name)]
+        return _pair(recipe, base, tuned.to(device), final)
+    return [EvaluatedModel("base", base, True, recipe.model_name_or_path)]
+
+
+def _pair(recipe: Recipe, base: CausalLM, tuned: CausalLM, folder: Path) -> list[EvaluatedModel]:
+    """Base and tuned, whose weights `folder` holds; where they are one model, its adapter makes the difference."""
+    digest = processes.decide(lambda: weights_digest(recipe, folder))
+    return [
+        EvaluatedModel("base", base, base is not tuned, recipe.model_name_or_path),
+        EvaluatedModel("tuned", tuned, True, digest),
+    ]
 
 
 def _begun_from(recipe: Recipe) -> str | None:

@@ -6,8 +6,9 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft import processes
 from sft.data.ledger import Ledger
 from sft.files import require_space, whole_folder, writing
-from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, save_chatglm, save_glm
+from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, glm_tensors, save_chatglm, save_glm
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
+from sft.model.machine import default_dtype
+from sft.processes import say
 from sft.recipe import Recipe
+from sft.results.certificate import Certificate, certify
+from sft.results.merge import NotByShard, ShardMerger, merge_in_memory, untie
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "evaluate", "tokenizers")
 
@@ -93,37 +98,80 @@ def save_adapter(recipe: Recipe) -> Path:
 
 
 def save_final_model(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Iterable[int],
-    trained: PreTrainedModel | None = None,
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], trained: PreTrainedModel
 ) -> Path:
-    """final_model/: safetensors, tokenizer, template, and a generation config that stops where training ended a turn.
-
-    Args: trained: the model of a full fine-tuning; without it lora_adapter/ is merged onto the unquantised base.
-    """
-    if trained is None:
-        base = load_model(recipe, quantised=False)
-        adapted = load_adapter(base, str(recipe.output_dir / "lora_adapter"), recipe, key="output_dir")
-        trained = cast(PreTrainedModel, adapted.merge_and_unload(safe_merge=True))
+    """final_model/ of a full fine-tuning: safetensors, tokenizer, template, and a generation config that stops where
+    training ended a turn."""
     final = recipe.output_dir / "final_model"
-    require_space(final, sum(weight.nbytes for weight in trained.parameters()))
     with output_folder(final) as folder:
-        _set_stops(trained, tokenizer, stop_ids)
-        _save_pretrained(recipe, trained, tokenizer, folder)
+        require_space(folder, _size(trained))
+        _save_pretrained(recipe, trained, tokenizer, stop_ids, folder)
         shutil.copyfile(recipe.output_dir / "training_config.json", folder / "training_config.json")
     return final
 
 
-def _save_pretrained(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """What from_pretrained loads; of ChatGLM3, in the format that the recipe asks for."""
+def save_merged_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], prompts: Sequence[list[int]]
+) -> Certificate:
+    """final_model/ from lora_adapter/ and the unquantised base, with the certificate that it is both together.
+
+    Args: prompts: token ids, on which the two are compared.
+    Raises: ModelError: they differ, or cannot be merged; final_model/ is then as it was before.
+    """
+    with output_folder(recipe.output_dir / "final_model") as folder:
+        _merge(recipe, tokenizer, stop_ids, folder)
+        shutil.copyfile(recipe.output_dir / "training_config.json", folder / "training_config.json")
+        return certify(recipe, folder, prompts)
+
+
+def _merge(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], folder: Path) -> None:
+    adapter = recipe.output_dir / "lora_adapter"
+    try:
+        merger = ShardMerger(recipe, adapter)
+    except NotByShard as reason:
+        say(f"merging in memory, not shard by shard: {reason}")
+        base = load_model(recipe, quantised=False)
+        require_space(folder, _size(base))
+        dtypes = {name: weight.dtype for name, weight in base.state_dict().items()}
+        merged = merge_in_memory(load_adapter(base, str(adapter), recipe, key="output_dir"), dtypes)
+        _save_pretrained(recipe, merged, tokenizer, stop_ids, folder)
+        return
+    require_space(folder, merger.size)
+    is_glm = merger.model.config.model_type == "chatglm" and recipe.export.format != "chatglm"
+    weights = folder / "weights"  # out of the way of save_pretrained, which clears its folder of shards
+    weights.mkdir()
+    renamed = {"renamed": partial(glm_tensors, cast(ChatGLMForCausalLM, merger.model))} if is_glm else {}
+    merger.write(weights, **renamed)
+    model = cast(PreTrainedModel, merger.adapted.unload().to("meta", default_dtype(recipe)))
+    if merger.is_untied:
+        untie(model)
+    _save_pretrained(recipe, model, tokenizer, stop_ids, folder, weights=False)
+    for file in weights.iterdir():
+        shutil.move(file, folder)
+    weights.rmdir()
+
+
+def _size(model: PreTrainedModel) -> int:
+    return sum(weight.nbytes for weight in model.parameters())
+
+
+def _save_pretrained(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Iterable[int],
+    folder: Path,
+    weights: bool = True,
+) -> None:
+    """What from_pretrained loads, with or without its weights; of ChatGLM3, in the format that the recipe asks for."""
+    _set_stops(model, tokenizer, stop_ids)
     if model.config.model_type != "chatglm":
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if weights else {})
         tokenizer.save_pretrained(folder)
     elif recipe.export.format == "chatglm":
-        save_chatglm(cast(ChatGLMForCausalLM, model), recipe.model_name_or_path, folder)
+        save_chatglm(cast(ChatGLMForCausalLM, model), recipe.model_name_or_path, folder, weights)
     else:
-        save_glm(cast(ChatGLMForCausalLM, model), cast(ChatGLMTokenizer, tokenizer), folder)
+        save_glm(cast(ChatGLMForCausalLM, model), cast(ChatGLMTokenizer, tokenizer), folder, weights)
 
 
 def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> None:

@@ -15,12 +15,14 @@ from sft.results.replies import GROUPS, choose_replies
 from sft.results.run_folder import read_run
 from sft.results.words import (
     headline,
+    merge_line,
     message_text,
     notices,
     parity_line,
     plain,
     resources,
     score_table,
+    scored_model,
     spelled_out,
     story,
 )
@@ -39,12 +41,14 @@ def write_report(output_dir: Path) -> Path:
         story=story(run),
         headline=headline(run.scores, rows) if run.scores else None,
         score_table=rows,
+        scored_model=scored_model(run.scores) if run.scores else "",
         plots=list(plots(run.log)),
         replies=choose_replies(run),
         groups=GROUPS,
         notices=notices(run.ledger) if run.ledger else [],
         resources=resources(run),
         parity=parity_line(run.config["parity"]) if run.config.get("parity") else None,
+        merge=merge_line(run.config["merge"]) if run.config.get("merge") else None,
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=1000),
     )
     write_bytes(output_dir / "loss.png", loss_png(run.log))

@@ -35,7 +35,7 @@ class Parity(TypedDict, total=False):
     not_checked: str
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
     """place: "file:line"; number: of the message that is due, counted from 1; ids: as training has them."""
 
     place: str
@@ -54,7 +54,7 @@ def prove_parity(final_model: Path, encoder: ChatEncoder, conversations: Sequenc
     config = json.loads((final_model / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] == "chatglm":
         return {"not_checked": "the layout chatglm is read by the vendor's own code, not by plain transformers"}
-    prompts = list(_prompts(encoder, conversations))
+    prompts = list(prompts_of(encoder, conversations))
     served, *rendered = _serve(final_model, prompts, encoder.day)
     spelled = 0
     for prompt, result in zip(prompts, rendered, strict=True):
@@ -82,12 +82,13 @@ def prove_parity(final_model: Path, encoder: ChatEncoder, conversations: Sequenc
     }
 
 
-def _prompts(encoder: ChatEncoder, conversations: Sequence[tuple[str, Conversation]]) -> Iterator[_Prompt]:
+def prompts_of(encoder: ChatEncoder, conversations: Sequence[tuple[str, Conversation]]) -> Iterator[Prompt]:
+    """What a server is asked in these conversations: the messages before each answer."""
     for place, (messages, tools, _) in conversations:
         for k in assistant_turns(messages):
             if k:  # a server is not asked without a message
                 history = list(map(_with_objects, messages[:k])) if encoder.native else encoder.served(messages[:k])
-                yield _Prompt(place, k + 1, history, tools, encoder.encode_prompt(messages[:k], tools))
+                yield Prompt(place, k + 1, history, tools, encoder.encode_prompt(messages[:k], tools))
 
 
 def _with_objects(message: Message) -> Message:
@@ -101,7 +102,7 @@ def _with_objects(message: Message) -> Message:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _serve(final_model: Path, prompts: Sequence[_Prompt], day: str | None) -> list[dict[str, Any]]:
+def _serve(final_model: Path, prompts: Sequence[Prompt], day: str | None) -> list[dict[str, Any]]:
     """What plain_server.py answers. Raises: ModelError: it does not come to an end."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "prompts.jsonl", Path(scratch) / "answer.jsonl"
@@ -130,13 +131,13 @@ def _serve(final_model: Path, prompts: Sequence[_Prompt], day: str | None) -> li
         return [json.loads(line) for line in answer.read_text(encoding="utf-8").splitlines()]
 
 
-def _spells_control_token(encoder: ChatEncoder, prompt: _Prompt, added: Sequence[str]) -> bool:
+def _spells_control_token(encoder: ChatEncoder, prompt: Prompt, added: Sequence[str]) -> bool:
     if not encoder.native:
         return bool(encoder.control.find(prompt.messages, prompt.tools))
     return any(token in text for text in strings((prompt.messages, prompt.tools)) for token in added)
 
 
-def _difference(final_model: Path, encoder: ChatEncoder, prompt: _Prompt, result: dict[str, Any]) -> str:
+def _difference(final_model: Path, encoder: ChatEncoder, prompt: Prompt, result: dict[str, Any]) -> str:
     """Where the prompts part, in words."""
     before = f"{prompt.place}: the prompt before message {prompt.number}"
     if "error" in result:

@@ -58,9 +58,13 @@ class ScoreEntry(TypedDict, total=False):
 
 
 class Scores(TypedDict, total=False):
-    """What scores.json holds. Each dict is by the name of the score; a model that was not scored has none."""
+    """What scores.json holds. Each dict is by the name of the score; a model that was not scored has none.
+
+    model: what "tuned" is, the adapter on the base that it was trained on, or final_model/ beside an unquantised base.
+    """
 
     rows: int
+    model: Literal["adapter", "final"]
     language: str
     base: dict[str, ScoreEntry]
     tuned: dict[str, ScoreEntry]

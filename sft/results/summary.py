@@ -12,7 +12,7 @@ from sft.results.curves import curves_of
 from sft.results.replies import GROUPS, Reply, choose_replies, first_of_each_group
 from sft.results.run_folder import read_run
 from sft.results.scores import Scores
-from sft.results.words import JOINERS, message_text, number, plain, score_table, story
+from sft.results.words import JOINERS, merge_line, message_text, number, plain, score_table, scored_model, story
 
 COLUMNS = 80  # of the terminal
 
@@ -21,6 +21,8 @@ def run_summary(output_dir: Path) -> str:
     """The run in a screenful of at most 80 columns. Raises: UserError: output_dir is no folder of a run."""
     run = read_run(output_dir)
     parts = [textwrap.fill(_fit(story(run), 8 * COLUMNS).rstrip(), COLUMNS), "\n".join(_loss_lines(run.log))]
+    if merge := run.config.get("merge"):
+        parts.append(textwrap.fill(merge_line(merge), COLUMNS))
     if run.scores:
         parts.append("\n".join(_score_lines(run.scores)))
     parts += ["\n".join(_reply_lines(reply)) for reply in first_of_each_group(choose_replies(run))]
@@ -57,6 +59,8 @@ def _score_lines(scores: Scores) -> Iterator[str]:
     for verdict in sorted(shared):  # what is the same for several scores is said once
         names = ", ".join(row.name for row in table if row.verdict == verdict)
         yield textwrap.fill(f"  {names}: {_fit(verdict, 3 * COLUMNS).rstrip()}", COLUMNS, subsequent_indent="  ")
+    if model := scored_model(scores):
+        yield f"  {model}"
 
 
 def _reply_lines(reply: Reply) -> Iterator[str]:

@@ -155,6 +155,37 @@ def parity_line(parity: dict[str, Any]) -> str:
     return f"{words}; it stops at {', '.join(f'{token} ({id})' for token, id in parity['stops'].items())}"
 
 
+def merge_line(certificate: dict[str, Any]) -> str:
+    """How far final_model/ is from base and adapter, in words.
+
+    >>> near = {"logits": 3.5e-05, "kl": 1.7e-09, "greedy": 1.0}
+    >>> exact = {"merge_error": 3.5e-05, "bound": 0.0014, "dtype": "float32", "float32": near, "export": near}
+    >>> merge_line({"prompts": 8, "positions": 256, **exact})[:87]
+    'merge: on 256 tokens of 8 prompts final_model/ is base and adapter to 3.5e-05 in logits'
+    """
+    if reason := certificate.get("not_checked"):
+        return f"merge: not compared with base and adapter; {reason}"
+
+    def told(name: str, difference: dict[str, float]) -> str:
+        greedy = f"{difference['greedy']:.1%} of greedy tokens agree"
+        return f"{name}: logits to {difference['logits']:.2g}, KL {difference['kl']:.2g}, {greedy}"
+
+    dtype, parts = certificate["dtype"], []
+    if "merge_error" in certificate:
+        rounding = "" if dtype == "float32" else f" before they are rounded to {dtype}"
+        error, bound = certificate["merge_error"], certificate["bound"]
+        parts += [f"is base and adapter to {error:.2g} in logits{rounding} (allowed: {bound:.2g})"]
+        parts += [told("in float32", certificate["float32"])]
+    else:
+        parts += [f"is not judged against base and adapter, since {certificate['not_judged']}"]
+    if dtype != "float32":
+        parts.append(told(f"in {dtype}", certificate["export"]))
+    if "quantised" in certificate:
+        parts.append(told("against the quantised base and adapter that were trained", certificate["quantised"]))
+    where = f"{certificate['positions']:,} tokens of {certificate['prompts']:,} prompts"
+    return f"merge: on {where} final_model/ {'; '.join(parts)}"
+
+
 def notices(ledger: dict[str, Any]) -> list[str]:
     """What a person should know about the data, the gravest first."""
 
@@ -188,6 +219,16 @@ def notices(ledger: dict[str, Any]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the scores
+
+
+def scored_model(scores: Scores) -> str:
+    """What the scores after training are of, in words; nothing where scores.json does not say.
+
+    >>> scored_model({"model": "final"})
+    'after: final_model/, as shipped'
+    """
+    names = {"adapter": "the adapter on its base, as trained", "final": "final_model/, as shipped"}
+    return f"after: {names[scores['model']]}" if "model" in scores else ""
 
 
 class ScoreRow(NamedTuple):

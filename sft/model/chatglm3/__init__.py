@@ -6,7 +6,7 @@ A released checkpoint then loads as it is, with `trust_remote_code` off.
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft.model.chatglm3.configuration import ChatGLMConfig
-from sft.model.chatglm3.export import save_chatglm, save_glm, to_glm
+from sft.model.chatglm3.export import glm_tensors, save_chatglm, save_glm, to_glm
 from sft.model.chatglm3.modeling import ChatGLMForCausalLM, ChatGLMModel
 from sft.model.chatglm3.tokenization import ChatGLMTokenizer
 
@@ -15,6 +15,7 @@ __all__ = [
     "ChatGLMForCausalLM",
     "ChatGLMModel",
     "ChatGLMTokenizer",
+    "glm_tensors",
     "save_chatglm",
     "save_glm",
     "to_glm",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,27 @@ def to_glm(model: ChatGLMForCausalLM) -> GlmForCausalLM:
     with torch.device("meta"):
         glm = GlmForCausalLM(glm_config(model.config))
     glm.model.rotary_emb = GlmRotaryEmbedding(glm.config).to(model.device)
-    sizes = model.transformer.layers[0].self_attention.projection_sizes
-    state = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in GLM_NAMES.items():
-            name = name.replace(ours, theirs)
-        if "self_attention.query_key_value" in name:
-            for part, rows in zip("qkv", tensor.split(sizes), strict=True):
-                state[name.replace("self_attention.query_key_value", f"self_attn.{part}_proj")] = rows.clone()
-        else:
-            state[name] = tensor
-    glm.load_state_dict(state, assign=True)
+    state = (tensor for name, ours in model.state_dict().items() for tensor in glm_tensors(model, name, ours))
+    glm.load_state_dict(dict(state), assign=True)
     return glm.eval()
 
 
-def save_glm(model: ChatGLMForCausalLM, tokenizer: ChatGLMTokenizer, folder: str | Path) -> None:
+def glm_tensors(model: ChatGLMForCausalLM, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """What becomes of one of the model's tensors in a `GlmForCausalLM`: (name, tensor), three of a query_key_value."""
+    for ours, theirs in GLM_NAMES.items():
+        name = name.replace(ours, theirs)
+    if "self_attention.query_key_value" not in name:
+        yield name, tensor
+        return
+    sizes = model.transformer.layers[0].self_attention.projection_sizes
+    for part, rows in zip("qkv", tensor.split(sizes), strict=True):
+        yield name.replace("self_attention.query_key_value", f"self_attn.{part}_proj"), rows.clone()
+
+
+def save_glm(model: ChatGLMForCausalLM, tokenizer: ChatGLMTokenizer, folder: str | Path, weights: bool = True) -> None:
     """Write a folder that plain transformers loads: weights, config, generation config, tokenizer.json, chat template.
+
+    weights: False leaves them out, for a model that has none.
 
     Token ids are ChatGLM3's; "sop" and "eop" are called "<sop>" and "<eop>". The template over one string differs from
     `encode_prompt` only where a message spells a control token: there it is the token.
@@ -73,7 +79,7 @@ def save_glm(model: ChatGLMForCausalLM, tokenizer: ChatGLMTokenizer, folder: str
     stop_ids = tokenizer.stop_token_ids
     glm.config.eos_token_id = stop_ids
     glm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
-    glm.save_pretrained(folder)
+    glm.save_pretrained(folder, state_dict=None if weights else {})
 
     backend = tokenizer.backend_tokenizer.to_str()
     template = tokenizer.chat_template
@@ -92,11 +98,14 @@ def save_glm(model: ChatGLMForCausalLM, tokenizer: ChatGLMTokenizer, folder: str
     plain.save_pretrained(folder)
 
 
-def save_chatglm(model: ChatGLMForCausalLM, tokenizer_source: str | Path, folder: str | Path) -> None:
+def save_chatglm(
+    model: ChatGLMForCausalLM, tokenizer_source: str | Path, folder: str | Path, weights: bool = True
+) -> None:
     """Write a folder like a released one: original parameter names and fields, for the vendor's code and servers.
 
     tokenizer_source: the base model's folder or hub id. Its tokenizer.model and tokenizer_config.json are copied, and
         the vendor's code where it is there; otherwise `auto_map` names it in the vendor's repository.
+    weights: as in `save_glm`.
 
     Raises: ModelError: as `to_glm`; or the source has no tokenizer.model.
     """
@@ -106,7 +115,7 @@ def save_chatglm(model: ChatGLMForCausalLM, tokenizer_source: str | Path, folder
         raise ModelError(f"{tokenizer_source} has no tokenizer.model, which the original code needs")
 
     folder = Path(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=None if weights else {})
     for name, source in files.items():
         if source:
             shutil.copyfile(source, folder / name)

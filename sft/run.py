@@ -205,15 +205,17 @@ def train(
     finished = checkpoint if done else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
+    processes.decide(lambda: resume.remove_unfinished(recipe.output_dir))
     with StopAtSignal() as stop, memory_advice():
         trained = trainer.make_trainer(recipe, model, tokenizer, data, [stop])
         if finished:
             trained.take_up(finished)
-            return trained
-        trained.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        else:
+            trained.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if (signal_number := stop.agreed) is not None and trained.state.global_step < trained.state.max_steps:
         processes.decide(lambda: _stopped(signal_number, recipe))
-    trained.save_state()
+    if not finished or not resume.has_log(recipe.output_dir, trained.state.global_step):
+        trained.save_state()
     return trained
 
 

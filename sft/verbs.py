@@ -1,7 +1,5 @@
 """What can be done again with a run's folder: --score and --export."""
 
-import json
-
 from sft import processes
 from sft.data.splits import prepare
 from sft.model.machine import check_machine
@@ -10,6 +8,7 @@ from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import export, page
 from sft.results.evaluation import evaluate_models, models_on_disk
+from sft.results.run_folder import read_file
 from sft.results.summary import run_summary
 from sft.run import check_parity, join_processes, settle_day
 
@@ -48,9 +47,14 @@ def export_again(recipe: Recipe) -> int:
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
     if not processes.is_first():
         return 0  # merging is work for one
+    description = read_file(recipe.output_dir / "training_config.json")
+    if description is None:
+        raise recipe.error(
+            "output_dir", f"there is no training_config.json in {recipe.output_dir}; run the recipe again"
+        )
     tokenizer = load_tokenizer(recipe)
     recipe = settle_day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
     say(f"saved {export.save_final_model(recipe, tokenizer, data.encoder.stop_ids)}")
-    check_parity(recipe, json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8")), data)
+    check_parity(recipe, description, data)
     return 0

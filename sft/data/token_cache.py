@@ -28,7 +28,8 @@ from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_
 from sft.data.signatures import SIGNATURE_BYTES
 from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
 from sft.errors import DataError
-from sft.files import whole_folder
+from sft.files import CHECKSUMS, damage, seal, whole_folder
+from sft.processes import say
 from sft.recipe import Recipe
 
 
@@ -61,9 +62,15 @@ def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not (folder / "facts.json").is_file():
+            is_made = (folder / CHECKSUMS).is_file()
+            if is_made and (found := damage(folder)):
+                say(f"{file} is tokenised again: of the kept rows in {folder} {found}")
+                is_made = False
+            if not is_made:
                 with whole_folder(folder) as partial:
                     _write(partial, file, fmt, encoder, recipe)
+                    refuse_changed(file, digest)
+                    seal(partial)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: token rows cannot be kept there ({error.strerror or error}); name another folder with "
@@ -110,6 +117,12 @@ def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe:
     tokeniser.problems.sort()
     facts = {**tokeniser.facts(), "problems": tokeniser.problems}
     (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+def refuse_changed(file: DataFile, digest: str) -> None:
+    """Raises: DataError: a file is another one than when its digest was taken."""
+    if isinstance(file, Path) and _digest_of(file) != digest:
+        raise DataError(f"{file}: changed while it was read; run again when nothing writes to it any more")
 
 
 def _digest_of(file: DataFile) -> str:

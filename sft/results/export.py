@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft import processes
 from sft.data.ledger import Ledger
 from sft.errors import UserError
-from sft.files import whole_folder
+from sft.files import seal, whole_folder
 from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, save_chatglm, save_glm
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
@@ -77,6 +77,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
     try:
         with whole_folder(folder) as partial:
             yield partial
+            seal(partial, "*.safetensors")  # of the others some are there to be edited
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
 

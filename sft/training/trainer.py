@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
 from trl import SFTConfig, SFTTrainer
@@ -22,12 +22,14 @@ from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.errors import UserError
+from sft.files import CHECKSUMS
 from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.model.machine import autocast_dtype, use_cpu
 from sft.model.source import first_line
 from sft.recipe import Recipe
 from sft.training import parallel
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
+from sft.training.checkpoints import CheckpointTrainer
 from sft.training.resume import checkpoints
 from sft.training.triton_probe import why_triton_fails
 
@@ -47,7 +49,7 @@ REPORTERS = {
 
 
 # What a checkpoint of DeepSpeed has beside the weights and the tokenizer.
-NO_WEIGHTS = ("global_step*", "*.pt*", "zero_*", "latest", "trainer_state.json")
+NO_WEIGHTS = ("global_step*", "*.pt*", "zero_*", "latest", "trainer_state.json", CHECKSUMS)
 
 
 class RowCountingCollator:
@@ -60,7 +62,7 @@ class RowCountingCollator:
         return {**self.collate(rows), "row_tokens": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 
-class CompletionTrainer(SFTTrainer):
+class CompletionTrainer(CheckpointTrainer, SFTTrainer):
     """SFTTrainer with a loss that reads the labels of sft/data/collator.py and projects supervised positions only.
 
     On a GPU trl's own fused head does that, by Triton. Without Triton (off the GPU, on Windows, without a compiler) it
@@ -168,6 +170,9 @@ class CompletionTrainer(SFTTrainer):
             "float16, and look at the rows with --check"
         )
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves out trl's README.md, which knows neither the base nor the data."""
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with attention_per_conversation(self.model):
             return super().train(*args, **kwargs)
@@ -175,23 +180,6 @@ class CompletionTrainer(SFTTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with attention_per_conversation(self.model):
             return super().evaluate(*args, **kwargs)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
-        model: Any = self.model
-        before = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(before[name])
-
-    taken_up: Path | None = None  # the checkpoint of a finished run
-
-    def take_up(self, checkpoint: Path) -> None:
-        """Weights and log of a finished run, without training."""
-        self.taken_up = checkpoint
-        if not self.is_deepspeed_enabled:
-            self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     @property
     def is_sharded(self) -> bool:

@@ -1,20 +1,27 @@
-"""Files and folders that are whole or not there: written beside their place, then moved into it.
+"""Files and folders that are whole or not there: written beside their place, then moved into it, or sealed.
 
 All text is UTF-8 with "\\n" at the end of a line, on every system.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+from safetensors import SafetensorError, safe_open
+
 from sft.errors import UserError
+
+CHECKSUMS = "checksums.json"
 
 _WRITABLE = "make it writable, or name another folder"
 _LOOK = "look at the disk, or at the network that it hangs on"
@@ -159,3 +166,54 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def _put_back(old: Path, folder: Path) -> None:
     if old.exists() and not folder.exists():
         os.replace(old, folder)
+
+
+def open_seal(folder: Path) -> None:
+    """Marks a folder as not whole, until it is sealed."""
+    (folder / CHECKSUMS).write_bytes(b"")
+
+
+def is_open(folder: Path) -> bool:
+    """Whether the folder was marked as not whole and never sealed."""
+    return (folder / CHECKSUMS).is_file() and not (folder / CHECKSUMS).stat().st_size
+
+
+def seal(folder: Path, pattern: str = "*") -> None:
+    """Writes the checksum of each file of a folder into it. Raises: UserError: it cannot be written."""
+    files = [file for file in sorted(folder.rglob(pattern)) if file.is_file() and file.name != CHECKSUMS]
+    write_json(folder / CHECKSUMS, {file.relative_to(folder).as_posix(): _checksum(file) for file in files})
+
+
+def damage(folder: Path) -> str | None:
+    """What is not as it was when the folder was sealed; of one without a seal, what the formats of its files tell."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return next((f"{file.name} is damaged" for file in sorted(folder.iterdir()) if not _is_readable(file)), None)
+    except ValueError:
+        return f"{CHECKSUMS} is damaged"
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _checksum(folder / name) != checksum:
+            return f"{name} is damaged"
+    return None
+
+
+def _checksum(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # seven times as fast as sha256
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file of weights is whole as far as its format says: a zip's checksums, the length of a safetensors."""
+    try:
+        if file.suffix in (".pt", ".pth"):
+            with zipfile.ZipFile(file) as archive:
+                return archive.testzip() is None
+        if file.suffix == ".safetensors":
+            with safe_open(file, "np"):
+                return True
+    except (OSError, zipfile.BadZipFile, SafetensorError):
+        return False
+    return True

@@ -259,6 +259,7 @@ def train(
     finished = checkpoint if done else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
+    processes.decide(lambda: resume.remove_unfinished(recipe.output_dir))
     with StopAtSignal() as stop:
         trained = trainer.make_trainer(recipe, model, tokenizer, data, [stop])
         if finished:
@@ -267,7 +268,7 @@ def train(
             trained.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.agree():
             processes.decide(lambda: _stop(stop, recipe))
-    if not finished or not (recipe.output_dir / "trainer_state.json").is_file():
+    if not finished or not resume.has_log(recipe.output_dir, trained.state.global_step):
         trained.save_state()
     return trained
 

@@ -1,7 +1,5 @@
 """What can be done again with a run's folder: --score and --export."""
 
-import json
-
 from sft import processes
 from sft.data.splits import prepare
 from sft.faults import memory_advice
@@ -11,6 +9,7 @@ from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import page
 from sft.results.evaluation import evaluate_models, models_on_disk
+from sft.results.run_folder import read_file
 from sft.results.scores import Scores
 from sft.results.summary import run_summary
 from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, merge, settle_day, sole_writer
@@ -54,11 +53,15 @@ def export_again(recipe: Recipe) -> int:
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
     if not processes.is_first():
         return 0  # merging is work for one
+    description = read_file(recipe.output_dir / "training_config.json")
+    if description is None:
+        raise recipe.error(
+            "output_dir", f"there is no training_config.json in {recipe.output_dir}; run the recipe again"
+        )
     tokenizer = load_tokenizer(recipe)
     recipe = settle_day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
     with sole_writer(recipe), memory_advice(MERGE_ADVICE):
-        description = json.loads((recipe.output_dir / "training_config.json").read_text(encoding="utf-8"))
         merge(recipe, tokenizer, data, description)
         check_parity(recipe, description, data)
         page.write_report(recipe.output_dir)

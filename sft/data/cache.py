@@ -18,8 +18,9 @@ from typing import NamedTuple
 import datasets
 from filelock import FileLock, Timeout
 
-from sft.files import whole_folder
+from sft.files import damage, seal, whole_folder
 from sft.plain_text import plain_text
+from sft.processes import say
 
 DONE = "facts.json"  # which is written last; its time is that of the last use
 USED = ".used"  # ending of the files whose lock a process holds: KEY.NUMBER.used
@@ -42,17 +43,23 @@ def cache_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "sft_token_rows"
 
 
-def use(key: str, make: Callable[[Path], None]) -> Path:
+def use(key: str, source: str, make: Callable[[Path], None]) -> Path:
     """The folder of a key, filled by `make` if it is not there, and kept from being removed while this process lives.
 
+    Args: source: the file whose rows it holds; said where they are damaged, and made again.
     Raises: OSError: it cannot be written.
     """
     folder = cache_folder() / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock_of(folder)):
-        if not (folder / DONE).is_file():
+        is_made = (folder / DONE).is_file()
+        if is_made and (found := damage(folder)):
+            say(f"{source} is tokenised again: of the kept rows in {folder} {found}")
+            is_made = False
+        if not is_made:
             with whole_folder(folder) as partial:
                 make(partial)
+                seal(partial)
         if folder not in _held:
             _held[folder] = FileLock(folder.with_name(f"{key}.{os.getpid()}-{time.time_ns()}{USED}"))
             _held[folder].acquire()

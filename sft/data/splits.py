@@ -19,7 +19,7 @@ from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack
 from sft.data.row_formats import RowReader
 from sft.data.rows import DataFile, expand, read_rows
-from sft.data.token_cache import TokenFile, finds_near_copies, tokenise_file
+from sft.data.token_cache import TokenFile, finds_near_copies, refuse_changed, tokenise_file
 from sft.data.token_rows import Split, TokenRows
 from sft.data.tokens import FileTokeniser
 from sft.errors import DataError, ModelError
@@ -178,6 +178,7 @@ def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]
     found: list[tuple[str, Conversation]] = []
     for file, inside in test.rows.by_file(test.chosen):
         found += _read_again(file, set(file.rows.data.column("line").to_numpy()[inside].tolist()), recipe)
+        refuse_changed(file.path, str(file.facts["sha256"]))
     return found
 
 

@@ -52,8 +52,13 @@ def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe
     key = hashlib.sha256(
         json.dumps([digest, _ending(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
     ).hexdigest()[:32]
+
+    def make(partial: Path) -> None:
+        _write(partial, file, fmt, encoder, recipe)
+        refuse_changed(file, digest)
+
     try:
-        folder = cache.use(key, lambda partial: _write(partial, file, fmt, encoder, recipe))
+        folder = cache.use(key, str(file), make)
         cache.shrink(recipe.dataset.cache_gb * 1e9)
     except OSError as error:
         raise DataError(
@@ -104,6 +109,12 @@ def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe:
     tokeniser.problems.sort()
     facts = {**tokeniser.facts(), "problems": tokeniser.problems, "source": str(file)}
     (folder / cache.DONE).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+def refuse_changed(file: DataFile, digest: str) -> None:
+    """Raises: DataError: a file is another one than when its digest was taken."""
+    if isinstance(file, Path) and _digest_of(file) != digest:
+        raise DataError(f"{file}: changed while it was read; run again when nothing writes to it any more")
 
 
 def _digest_of(file: DataFile) -> str:

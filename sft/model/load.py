@@ -1,5 +1,6 @@
 """The model of a recipe: full or quantised, on a GPU as on a CPU, or without weights."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
 from sft.errors import UserError
 from sft.model.machine import check_machine, default_dtype, local_device, named_dtype
-from sft.model.source import find_model, first_line, local_or_hub, source_options
+from sft.model.source import find_model, first_line, local_or_hub, refuse_damaged, source_options
 from sft.recipe import Recipe
 
 
 def load_config(recipe: Recipe) -> transformers.PretrainedConfig:
     """Raises: RecipeError: the model's configuration is not known to transformers."""
     options = source_options(recipe)
+    generation = Path(recipe.model_name_or_path).expanduser() / "generation_config.json"
     try:
+        if generation.is_file():  # of one that is no JSON from_pretrained says nothing, and makes its own
+            json.loads(generation.read_text(encoding="utf-8"))
         return AutoConfig.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
     except Exception as error:  # whatever the library makes of a file that is not what it should be
         if "trust_remote_code" in str(error):
@@ -112,6 +116,7 @@ def load_model(
     """
     check_machine(recipe)
     reach = find_model(recipe.model_name_or_path, recipe)
+    refuse_damaged(recipe.model_name_or_path, recipe)
     # No pickle unless the recipe names it, which transformers then reads as weights only.
     options = {"use_safetensors": True, **recipe.model_init, "dtype": default_dtype(recipe, training), **reach}
     if quantised and recipe.quantization_config:
@@ -204,7 +209,11 @@ def _without_weights(recipe: Recipe, options: dict[str, Any]) -> PreTrainedModel
 
 
 def load_trained(recipe: Recipe, folder: Path) -> PreTrainedModel:
-    """A model that a run left in a folder, in the dtype that its base is scored in."""
+    """A model that full fine-tuning left in a folder, in the dtype that its base is scored in.
+
+    Raises: RecipeError: it is damaged.
+    """
+    refuse_damaged(str(folder), recipe, "output_dir")
     with _read_by_first(False):
         return AutoModelForCausalLM.from_pretrained(
             folder,

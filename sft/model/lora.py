@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft.errors import ModelError
-from sft.model.source import find_model, first_line
+from sft.model.source import find_model, first_line, refuse_damaged
 from sft.recipe import Recipe
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -29,9 +29,12 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftMo
     torch.manual_seed(recipe.seed)  # LoRA weights start random
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config})
-        return get_peft_model(model, config, autocast_adapter_dtype=_lora_is_float32(recipe))
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=_lora_is_float32(recipe))
     except (ValueError, TypeError) as error:
         raise recipe.error("lora_config", first_line(error)) from None
+    if isinstance(config.target_modules, set):  # peft would write it in an order that each process has anew
+        config.target_modules = sorted(config.target_modules)
+    return adapted
 
 
 def load_adapter(
@@ -48,6 +51,7 @@ def load_adapter(
     Raises: RecipeError: it is not there, or it was made for another model.
     """
     reach = find_model(name, recipe, key, "adapter_config.json")
+    refuse_damaged(name, recipe, key)
     adapter_config = read_adapter_config(name, recipe, key, **reach)
     if recipe.lora_config and trainable:
         for option, value in recipe.lora_config.items():

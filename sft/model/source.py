@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 
+from sft.files import damage
 from sft.recipe import Recipe
 
 HUB_TIMEOUT_SECONDS = 10
@@ -49,6 +50,16 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
             key, f"there is no folder {name}, and the model hub cannot be reached ({error}){fetch}"
         ) from None
     return {}
+
+
+def refuse_damaged(name: str, recipe: Recipe, key: str = "model_name_or_path") -> None:
+    """Raises: RecipeError: a file in the folder of a model or adapter is not as it was written.
+
+    Of one that is not of a run of ours the formats tell a file that was cut off, but not another value of a weight.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (found := damage(folder)):
+        raise recipe.error(key, f"{name} does not load: {found}; fetch it again, or make it anew")
 
 
 def source_options(recipe: Recipe) -> dict[str, Any]:

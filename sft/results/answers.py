@@ -135,9 +135,12 @@ def _answer_lines(path: Path, provenance: dict[str, Any]) -> list[Answer]:
     values: list[Any] = []
     for line in text.split("\n"):  # not splitlines: an answer may hold U+2028 and its like
         try:
-            values.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
             break
+        if values and value.keys() != Answer.__annotations__.keys():
+            break
+        values.append(value)
     return values[1:] if values[:1] == [provenance] else []
 
 

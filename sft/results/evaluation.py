@@ -32,7 +32,7 @@ from sft.results.answers import (
     stop_ids,
 )
 from sft.results.export import weights_digest
-from sft.results.run_folder import Prediction
+from sft.results.run_folder import Prediction, read_file
 from sft.results.scores import Columns, ModelName, Scores, load_metric, score_answers
 from sft.terminal import bar
 
@@ -170,10 +170,8 @@ def _pair(recipe: Recipe, base: CausalLM, tuned: CausalLM, folder: Path) -> list
 
 def _begun_from(recipe: Recipe) -> str | None:
     """The adapter that the run in output_dir went on from."""
-    config = recipe.output_dir / "training_config.json"
-    if not config.is_file():
-        return None
-    return json.loads(config.read_text(encoding="utf-8"))["recipe"]["adapter_name_or_path"]
+    config = read_file(recipe.output_dir / "training_config.json")
+    return config["recipe"]["adapter_name_or_path"] if config else None
 
 
 def _provenance(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import processes
 from sft.data.ledger import Ledger
-from sft.files import require_space, whole_folder, writing
+from sft.files import require_space, seal, whole_folder, writing
 from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, glm_tensors, save_chatglm, save_glm
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
@@ -80,6 +80,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
     """The folder to fill, beside its place until it is whole. Raises: UserError: it cannot be written."""
     with writing(folder), whole_folder(folder) as partial:
         yield partial
+        seal(partial, "*.safetensors")  # of the others some are there to be edited
 
 
 def staging(recipe: Recipe) -> Path:

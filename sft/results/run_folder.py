@@ -73,14 +73,14 @@ def kept(folder: Path) -> Callable[[], None]:
 
 def read_run(folder: Path) -> Run:
     """Raises: UserError: there is no training_config.json, or a file is not JSON."""
-    config = _read(folder / "training_config.json")
+    config = read_file(folder / "training_config.json")
     if config is None:
         raise UserError(f"there is no {folder / 'training_config.json'}; a report needs the folder of a run")
     names = ("data_ledger.json", "trainer_state.json", "scores.json", "predictions.jsonl")
-    return Run(folder, config, *(_read(folder / name) for name in names))
+    return Run(folder, config, *(read_file(folder / name) for name in names))
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     """What a .json or a .jsonl file holds; None: there is none. Raises: UserError: it cannot be read."""
     lines = path.suffix == ".jsonl"
     try:
@@ -92,4 +92,5 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not {'JSON lines' if lines else 'JSON'}: {error}") from None
+        what = "JSON lines" if lines else "JSON"
+        raise UserError(f"{path} is not {what}: {error}; restore it, or remove it and run the recipe again") from None

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
 
+from sft.files import CHECKSUMS, damage, is_open, open_seal, seal
+from sft.processes import say
 from sft.recipe import Recipe
 from sft.training import parallel
 
@@ -19,27 +22,73 @@ FREE_ON_RESUME = re.compile(
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest first; one that was being written when the run was killed is left out."""
-    found = []
-    for folder in output_dir.glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        if step.isdigit() and is_whole(folder):
-            found.append((int(step), folder))
-    return [folder for _, folder in sorted(found)]
+    return [folder for folder in _by_step(output_dir) if is_whole(folder)]
+
+
+def _by_step(output_dir: Path) -> list[Path]:
+    """By the number in their names: a clock may have been set back."""
+    found = [folder for folder in output_dir.glob("checkpoint-*") if _step(folder) is not None]
+    return sorted(found, key=lambda folder: _step(folder) or 0)
+
+
+def _step(folder: Path) -> int | None:
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether it was written to its end; of one without a seal, trainer_state.json is what the Trainer writes last."""
+    if (folder / CHECKSUMS).is_file():
+        return not is_open(folder)
+    return _logged_step(folder) is not None
+
+
+def _logged_step(folder: Path) -> int | None:
+    """The step of a folder's trainer_state.json; None: there is none that can be read."""
+    try:
+        return int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def has_log(output_dir: Path, step: int) -> bool:
+    """Whether the log of a run that ended at this step was written, with what comes after the last checkpoint."""
+    return _logged_step(output_dir) == step
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """An empty folder, not whole until `end_checkpoint`; what a killed run left in its place is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    open_seal(folder)
+
+
+def end_checkpoint(folder: Path, limit: int | None, best: str | None) -> None:
+    """Seals it, and deletes others beyond `limit`, but not the best: first those that were damaged or passed over,
+    whose step is beyond this one's, then the oldest. (transformers goes by the clock, and may delete the newest.)
+    """
+    seal(folder)
+    kept = {folder, Path(best)} if best else {folder}
+    step = _step(folder) or 0
+    others = [other for other in _by_step(folder.parent) if other not in kept]
+    others.sort(key=lambda other: (_step(other) or 0) <= step)
+    excess = len(others) + len(kept) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for other in others[:excess]:
+        open_seal(other)
+    remove_unfinished(folder.parent)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Deletes checkpoints that a kill left half-written or half-deleted."""
+    for folder in _by_step(output_dir):
+        if is_open(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_finished(checkpoint: Path, total_steps: int) -> bool:
     """Whether nothing is left to train after this checkpoint; the Trainer would train one step more."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return state.global_step >= state.max_steps >= total_steps
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end: trainer_state.json is what the Trainer writes last."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
@@ -57,10 +106,10 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
             )
         return None
     if choice is True:
-        whole = checkpoints(output)
-        if not whole:
+        newest = _newest_undamaged(recipe)
+        if newest is None:
             return None
-        chosen = whole[-1]
+        chosen = newest
     else:
         chosen = Path(str(choice))
         if not chosen.is_dir():
@@ -68,6 +117,8 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
             raise recipe.error("resume_from_checkpoint", f"there is no checkpoint {chosen}; there is {near}")
         if not is_whole(chosen):
             raise recipe.error("resume_from_checkpoint", f"{chosen} is not a whole checkpoint (no trainer_state.json)")
+        if found := damage(chosen):
+            raise recipe.error("resume_from_checkpoint", f"{chosen} cannot be gone on from: {found}; name another")
     _refuse_strange_state(recipe, chosen)
     _refuse_other_run(recipe, description, chosen)
     return chosen
@@ -84,6 +135,25 @@ def _refuse_strange_state(recipe: Recipe, chosen: Path) -> None:
             )
 
 
+def _newest_undamaged(recipe: Recipe) -> Path | None:
+    """Raises: RecipeError: there are checkpoints, and each is damaged: training anew is for the user to choose."""
+    damaged: list[str] = []
+    for folder in reversed(checkpoints(recipe.output_dir)):
+        found = damage(folder)
+        if found is None:
+            if damaged:
+                say(f"left out: {'; '.join(damaged)}")
+            return folder
+        damaged.append(f"{folder}, where {found}")
+    if damaged:
+        raise recipe.error(
+            "resume_from_checkpoint",
+            f"no checkpoint can be gone on from: {'; '.join(damaged[:3])}; restore the file, or remove "
+            f"{recipe.output_dir}/checkpoint-* to train from the start",
+        )
+    return None
+
+
 def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path) -> None:
     left = chosen.parent / "training_config.json"
     if not left.is_file():
@@ -94,7 +164,8 @@ def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path)
             raise ValueError("it is no description of a run")
     except ValueError:
         raise recipe.error(
-            "resume_from_checkpoint", f"{left} cannot be read; it should say what made {chosen}"
+            "resume_from_checkpoint",
+            f"{left} is not JSON, so whether {chosen} is of this recipe is unknown; restore it, or remove it if it is",
         ) from None
     old, new = _flat(before.get("recipe", {})), _flat(description["recipe"])
     keys = {key for key in old.keys() | new.keys() if not FREE_ON_RESUME.match(key)}

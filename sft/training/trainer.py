@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
@@ -22,30 +21,19 @@ from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.errors import UserError
-from sft.files import write_json, writing
-from sft.model.lora import missing_weights, require_trainable, takes_logits_to_keep
-from sft.model.source import first_line
+from sft.files import CHECKSUMS, write_json, writing
+from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.recipe import Recipe
 from sft.training.arguments import training_config
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
+from sft.training.checkpoints import CheckpointTrainer
 from sft.training.progress import TrainingLine
 from sft.training.resume import checkpoints, is_whole
 from sft.training.stop import GivenUp, RandomStates
 from sft.training.triton_probe import why_triton_fails
 
 # What a checkpoint of DeepSpeed has beside the weights and the tokenizer.
-NO_WEIGHTS = ("global_step*", "*.pt*", "zero_*", "latest", "trainer_state.json")
-
-
-@contextmanager
-def _readable(checkpoint: str | None) -> Iterator[None]:
-    """Raises: UserError: a file of the checkpoint is not what it should be."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever the libraries make of such a file
-        raise UserError(f"{checkpoint} does not load: {first_line(error)}; name another checkpoint") from None
+NO_WEIGHTS = ("global_step*", "*.pt*", "zero_*", "latest", "trainer_state.json", CHECKSUMS)
 
 
 class RowCountingCollator:
@@ -58,7 +46,7 @@ class RowCountingCollator:
         return {**self.collate(rows), "row_tokens": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 
-class CompletionTrainer(SFTTrainer):
+class CompletionTrainer(CheckpointTrainer, SFTTrainer):
     """SFTTrainer with a loss that reads the labels of sft/data/collator.py and projects supervised positions only.
 
     On a GPU trl's own fused head does that, by Triton. Without Triton (off the GPU, on Windows, without a compiler) it
@@ -74,14 +62,6 @@ class CompletionTrainer(SFTTrainer):
         self.tokens_seen = 0
         self._line = TrainingLine(lambda: self.tokens_seen, is_plain)
         self.add_callback(self._line)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint):
-            super()._load_rng_state(checkpoint)
 
     def _takes_trls_loss(self, device_type: str) -> bool:
         return not self._is_plain_loss or (device_type == "cuda" and why_triton_fails() is None)
@@ -215,6 +195,9 @@ class CompletionTrainer(SFTTrainer):
             "float16, and look at the rows with --check"
         )
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves out trl's README.md, which knows neither the base nor the data."""
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains. A step or a validation that a signal has cut short leaves the checkpoint of the step before it."""
         with attention_per_conversation(self.model), self._line:
@@ -236,27 +219,6 @@ class CompletionTrainer(SFTTrainer):
                 return super().evaluate(*args, **kwargs)
         finally:
             before.restore()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
-        model: Any = self.model
-        before = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        with _readable(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-            if isinstance(model, PeftModel) and not self.is_sharded:
-                if missing := missing_weights(model, Path(resume_from_checkpoint)):
-                    raise UserError(f"{resume_from_checkpoint} is another model's: it lacks {missing}; name another")
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(before[name])
-
-    taken_up: Path | None = None  # the checkpoint of a finished run
-
-    def take_up(self, checkpoint: Path) -> None:
-        """Weights and log of a finished run, without training."""
-        self.taken_up = checkpoint
-        if not self.is_deepspeed_enabled:
-            self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     @property
     def is_sharded(self) -> bool:

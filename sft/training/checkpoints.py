@@ -1,0 +1,120 @@
+"""What a Trainer saves and takes up: checkpoints that are whole or left out, and the log as if there had been no stop.
+
+transformers 5.24 goes on with the same weights, optimizer and random numbers. Not so with the log: the losses since the
+last entry are lost, a checkpoint that is saved at an epoch's end is saved before the validation there, which is then
+never made, and `eval_on_start` is made again. It deletes old checkpoints by the clock.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import align_special_tokens
+
+from sft import processes
+from sft.errors import UserError
+from sft.files import damage
+from sft.model.lora import missing_weights
+from sft.model.source import first_line
+from sft.training.resume import begin_checkpoint, end_checkpoint
+
+LOSS = "loss_since_log"  # in TrainerState.stateful_callbacks
+
+
+class CheckpointTrainer(Trainer):
+    """To be put before the Trainer that trains."""
+
+    taken_up: Path | None = None  # the checkpoint of a finished run
+    _saved: Path | None = None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        output, state = Path(str(self.args.output_dir)), self.state
+        folder = output / f"checkpoint-{state.global_step}"
+        if self._saved == folder:
+            return  # a step that is saved at its own end and at the epoch's: the first may be the only one
+        losses = processes.gather(self._tr_loss.item())
+        kept: Any = state.stateful_callbacks
+        kept[LOSS] = {"sum": sum(losses) / len(losses), "logged_step": self._globalstep_last_logged}
+        processes.decide(lambda: begin_checkpoint(folder))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        processes.wait()  # until each has written its part
+        processes.decide(lambda: end_checkpoint(folder, limit, state.best_model_checkpoint))
+        self._saved = folder
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
+        model: Any = self.model
+        before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            if isinstance(model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                if missing := missing_weights(model, Path(resume_from_checkpoint)):
+                    raise UserError(f"{resume_from_checkpoint} is another model's: it lacks {missing}; name another")
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(before[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Once in a run that goes on, just before its first step: there the log is taken up as well.
+
+        After the random numbers, since those of a validation that is still to be made were drawn after the saving.
+        """
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+        kept: Any = self.state.stateful_callbacks
+        if (losses := kept.get(LOSS)) is not None:
+            self._tr_loss += losses["sum"]
+            self._total_loss_scalar -= losses["sum"]  # train_loss is of this process's steps
+            self._globalstep_last_logged = losses["logged_step"]
+        if self._owes_validation():
+            self._evaluate(None, None)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        is_on_start = skip_scheduler  # which says so nowhere else
+        if is_on_start and self.state.global_step:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _owes_validation(self) -> bool:
+        """Whether the checkpoint lacks the validation at its epoch's end, or at the end of training."""
+        args, state = self.args, self.state
+        epoch, step = float(state.epoch or 0), state.global_step
+        is_at_end = epoch.is_integer() or step >= state.max_steps
+        if args.eval_strategy != "epoch" or not is_at_end or epoch < args.eval_delay:
+            return False
+        return not any("eval_loss" in entry and entry["step"] == step for entry in state.log_history)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Weights and log of a finished run, without training. Raises: UserError: the best checkpoint is damaged."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self.taken_up = Path(best or checkpoint)
+        found = processes.decide(lambda: damage(self.taken_up or checkpoint))
+        if found:
+            raise UserError(f"{self.taken_up}, the best checkpoint, cannot be taken up: {found}; restore it")
+        align_special_tokens(self.model, self.processing_class)  # as train() does; generation stops by them
+        if not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(str(self.taken_up))
+        if self._owes_validation():
+            self._evaluate(None, None)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Raises: UserError: a file of the checkpoint is not what it should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries make of such a file
+        raise UserError(f"{checkpoint} does not load: {first_line(error)}; name another checkpoint") from None

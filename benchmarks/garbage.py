@@ -30,7 +30,7 @@ def answer(case, base, folder, pipe):
     import datasets
 
     import run_sft
-    from sft.run import peak_memory_bytes
+    from sft.model.machine import peak_memory_bytes
     from tests.garbage import arguments_of, lay_out, tree
 
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import psutil
 import torch
 import transformers
 from filelock import BaseFileLock, FileLock, Timeout
@@ -32,7 +31,7 @@ from sft.faults import memory_advice
 from sft.files import write_json, writing
 from sft.model.load import check_targets, checkpoint_dtype, load_model, load_trained, meta_model
 from sft.model.lora import add_lora
-from sft.model.machine import check_machine, use_cpu
+from sft.model.machine import check_machine, peak_memory_bytes, use_cpu
 from sft.model.source import find_model
 from sft.model.tokenizer import load_tokenizer
 from sft.plain_text import PlainFormatter
@@ -401,13 +400,3 @@ def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
     write_json(recipe.output_dir / "training_config.json", config)
     page.write_report(recipe.output_dir)
     say(run_summary(recipe.output_dir))
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process held at once."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import run_sft
-from sft.run import peak_memory_bytes
+from sft.model.machine import peak_memory_bytes
 from tests.garbage import CASES, MEMORY, SECONDS, arguments_of, faults, lay_out, make_base, tree
 
 

@@ -1,5 +1,8 @@
 """The machine: which device trains, and the dtypes that it is fast in."""
 
+import sys
+
+import psutil
 import torch
 
 from sft.errors import ModelError
@@ -150,3 +153,13 @@ def _refuse_on_mps(recipe: Recipe) -> None:
     for key, is_set in settings:
         if is_set and not has_fast_bf16():
             raise recipe.error(key, "bfloat16 needs macOS 14 on Apple's GPUs; remove it, or update macOS")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held at once."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

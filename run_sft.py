@@ -15,14 +15,14 @@ from sft.recipe import Recipe, load_recipe
 
 def train(recipe: Recipe, check: bool) -> int:
     """The run, told once: data, model, training, adapter and merged model, parity, scores, report."""
-    from sft import run
+    from sft import run, settle
 
     clock = run.Clock()
     run.join_processes(recipe)
     tokenizer = run.load_tokenizer(recipe)
-    recipe = run.settle_day(recipe, tokenizer)
+    recipe = settle.day(recipe, tokenizer)
     meta_model = run.check_model(recipe, tokenizer)
-    recipe, packing_why = run.decide_packing(recipe, tokenizer)
+    recipe, packing_why = settle.packing(recipe, tokenizer)
     data = run.prepare_data(recipe, tokenizer, packing_why)
     if check:
         return run.report_check(recipe, tokenizer, data, meta_model)

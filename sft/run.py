@@ -1,6 +1,5 @@
 """The steps of a run, as run_sft.py tells them in order."""
 
-import dataclasses
 import os
 import shutil
 import sys
@@ -8,8 +7,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft import processes
-from sft.data.chat_template import shows_day
 from sft.data.conversation import Conversation
 from sft.data.ledger import ledger_table
 from sft.data.splits import Data, first_conversations, prepare
@@ -43,7 +39,7 @@ from sft.results.export import describe_run
 from sft.results.parity import prompts_of, prove_parity
 from sft.results.summary import run_summary
 from sft.results.words import merge_line, parity_line
-from sft.training import arguments, check, packing_probe, parallel, resume, trainer
+from sft.training import arguments, check, parallel, resume, trainer
 from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal
 from sft.training.trainer import CompletionTrainer
@@ -89,20 +85,6 @@ def set_up(recipe: Recipe, debug: bool) -> None:
     transformers.set_seed(recipe.seed)
 
 
-def settle_day(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """The recipe with the day that its chat template shows, if it shows one: today's, or that of the run so far.
-
-    Without it the same recipe would train on other prompts tomorrow.
-    Raises: RecipeError: chat.date is given, and the template shows no day.
-    """
-    if not shows_day(tokenizer):
-        if recipe.chat.date is not None:
-            raise recipe.error("chat.date", "the chat template does not show the day; take it out")
-        return recipe
-    day = recipe.chat.date or processes.decide(lambda: export.day_of_run(recipe) or date.today().isoformat())
-    return replace(recipe, chat=replace(recipe.chat, date=day))
-
-
 def join_processes(recipe: Recipe) -> None:
     """Where a launcher started several: sets up their devices, so that from here on they can talk."""
     if processes.count() > 1:
@@ -126,15 +108,6 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         find_model(recipe.adapter_name_or_path, recipe, "adapter_name_or_path", "adapter_config.json")
     arguments.check_optimizer(recipe, config, check.with_lora(recipe, model))
     return model
-
-
-def decide_packing(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, str]:
-    """The recipe with dataset.packing decided, by what the first process finds, and for the ledger how it was.
-
-    Raises: RecipeError: it is true, and packed conversations would not be what they are apart.
-    """
-    packs, why = processes.decide(lambda: packing_probe.decide(recipe, tokenizer))
-    return dataclasses.replace(recipe, dataset=dataclasses.replace(recipe.dataset, packing=packs)), why
 
 
 @memory_advice("lower dataset.num_proc, or hand the machine more memory; rows are tokenised a batch at a time")

@@ -1,6 +1,6 @@
 """What can be done again with a run's folder: --score and --export."""
 
-from sft import processes
+from sft import processes, settle
 from sft.data.splits import prepare
 from sft.faults import memory_advice
 from sft.model.machine import check_machine
@@ -12,7 +12,7 @@ from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.run_folder import read_file
 from sft.results.scores import Scores
 from sft.results.summary import run_summary
-from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, merge, settle_day, sole_writer
+from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, merge, sole_writer
 
 
 def score_again(recipe: Recipe) -> int:
@@ -21,7 +21,7 @@ def score_again(recipe: Recipe) -> int:
         raise recipe.error("dataset", "--score needs dataset.test")
     join_processes(recipe)
     tokenizer = load_tokenizer(recipe)
-    recipe = settle_day(recipe, tokenizer)
+    recipe = settle.day(recipe, tokenizer)
     check_machine(recipe)
     data = processes.agree(lambda: prepare(recipe, tokenizer, scoring_only=True))
     with sole_writer(recipe), memory_advice(SCORE_ADVICE):
@@ -59,7 +59,7 @@ def export_again(recipe: Recipe) -> int:
             "output_dir", f"there is no training_config.json in {recipe.output_dir}; run the recipe again"
         )
     tokenizer = load_tokenizer(recipe)
-    recipe = settle_day(recipe, tokenizer)
+    recipe = settle.day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
     with sole_writer(recipe), memory_advice(MERGE_ADVICE):
         merge(recipe, tokenizer, data, description)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sft import run as steps
+from sft import settle
 from sft.data.chat import ChatEncoder
 from sft.data.chat_template import shows_day
 from sft.data.conversation import Conversation
@@ -31,7 +31,7 @@ def tokenizer_for(name):
 
 def settled(*overrides, name="gptoss"):
     Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    return steps.settle_day(load_recipe("recipe.yaml", overrides), tokenizer_for(name)).chat.date
+    return settle.day(load_recipe("recipe.yaml", overrides), tokenizer_for(name)).chat.date
 
 
 @pytest.mark.parametrize("name", SHOWN)

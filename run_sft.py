@@ -5,8 +5,8 @@ import logging
 import sys
 
 from sft import processes
-from sft.allocator import keep_freed_memory
 from sft.errors import UserError
+from sft.model.allocator import keep_freed_memory
 from sft.recipe import Recipe, load_recipe
 
 

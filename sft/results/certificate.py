@@ -69,7 +69,8 @@ def certify(recipe: Recipe, final_model: Path, prompts: Sequence[list[int]]) -> 
 
     Raises: ModelError: past the bound, or logits that are no numbers.
     """
-    if not any(prompts):
+    prompts = [prompt[-PROMPT_TOKENS:] for prompt in prompts if prompt]
+    if not prompts:
         return {"not_checked": "there is no prompt to compare on"}
     if recipe.training_args.get("tf32"):
         enable_tf32(False)  # which would round float32 to 10 bits
@@ -153,7 +154,7 @@ def _logits(model: Any, prompts: Sequence[list[int]]) -> Logits:
     """Of the last positions of each prompt, one prompt at a time, so that there is no padding."""
     model.eval()
     options: dict[str, Any] = {"logits_to_keep": POSITIONS} if takes_logits_to_keep(model) else {}
-    rows = [torch.tensor([prompt[-PROMPT_TOKENS:]], device=model.device) for prompt in prompts if prompt]
+    rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
     found = [model(input_ids=row, use_cache=False, **options).logits[0, -POSITIONS:].float().cpu() for row in rows]
     return torch.cat(found)
 
@@ -169,7 +170,6 @@ def _difference(ours: Logits, theirs: Logits) -> Difference:
 
 def _device(recipe: Recipe, size: int) -> str | None:
     """Where so many bytes of weights fit now; None: nowhere."""
-    gc.collect()
     device = local_device(recipe)
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

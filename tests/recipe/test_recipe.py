@@ -400,6 +400,10 @@ def test_a_wrong_line_is_answered_with_what_to_do(line: str, problem: str) -> No
             "4: dataset.test: and dataset.validation are shares that leave nothing to train on; give smaller ones",
         ),
         (
+            "lora_config: {r: 8}\nexport: {merge: false}\nevaluation: {model: final}",
+            "6: evaluation.model: final needs export.merge: true, which writes final_model/; turn it on, or set adapter",
+        ),
+        (
             "chat: {instruction_template: '<user>'}",
             "4: chat.instruction_template: needs chat.response_template, which starts the answers; give both",
         ),

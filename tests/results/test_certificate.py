@@ -103,6 +103,23 @@ def test_without_a_prompt_or_the_memory_for_it_nothing_is_compared_which_is_said
     assert "is not judged against base and adapter, since float32 takes 0.0 GB" in merge_line(found)
 
 
+def test_experts_that_float32_chooses_otherwise_in_one_prompt_are_no_fault_of_the_merge(run, monkeypatch):
+    """As by a last bit, here by hand: after a prompt that differs, base+adapter and final_model/ part."""
+    logits, calls = certificate._logits, []
+
+    def parted(model, prompts):
+        calls.append(model)
+        return logits(model, prompts) + (torch.arange(8)[:, None] >= 5) * (0.1 if len(calls) == 1 else 0.0)
+
+    monkeypatch.setattr(certificate, "_logits", parted)  # of the 8 positions 5 are of the first prompt
+    with pytest.raises(ModelError, match="in float32 a logit differs by 0.1, rounding left out"):
+        export_of(run)
+    calls.clear()
+    in_experts = certificate._base_and_adapter
+    monkeypatch.setattr(certificate, "_base_and_adapter", lambda *args: (*in_experts(*args)[:2], True))
+    assert export_of(run)["merge_error"] < 2e-6
+
+
 def test_differences_are_the_largest_the_mean_and_the_share():
     ours, theirs = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     halves = math.log(2) - (math.log1p(math.exp(-2)) + 2 / (1 + math.exp(2)))  # KL to a coin from odds of e^2

@@ -7,8 +7,8 @@ import signal
 import sys
 
 from sft import faults, processes
-from sft.allocator import keep_freed_memory
 from sft.errors import UserError
+from sft.model.allocator import keep_freed_memory
 from sft.plain_text import PlainFormatter, plain_text
 from sft.recipe import Recipe, load_recipe
 

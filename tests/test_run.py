@@ -143,6 +143,17 @@ def test_a_server_renders_the_final_model_as_it_was_trained(qlora_run):
     assert "renders 38 prompts to the ids of training; it stops at" in page
 
 
+def test_the_final_model_is_certified_and_told_apart_from_the_4_bit_model_that_was_trained(qlora_run):
+    output, _ = qlora_run
+    for folder in (output, output / "final_model"):
+        merge = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))["merge"]
+        assert (merge["prompts"], merge["positions"], merge["dtype"]) == (8, 8 * 32, "bfloat16")
+        assert merge["merge_error"] < 1e-5 < 1e-4 <= merge["bound"] < 1e-3
+        assert merge["float32"]["logits"] < merge["export"]["logits"] < merge["quantised"]["logits"]
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "Merge: on 256 tokens of 8 prompts final_model/ is base and adapter to" in page
+
+
 def test_same_command_again_trains_nothing_and_changes_nothing(qlora_run, capfd):
     output, arguments = qlora_run
     before, log = digest(output / "lora_adapter"), losses(output)
@@ -160,8 +171,14 @@ def test_score_and_export_verbs_redo_their_part_of_a_run(qlora_run):
     assert (output / "scores.json").read_text(encoding="utf-8") == before
     weights = (output / "final_model/model.safetensors").read_bytes()
     (output / "final_model/model.safetensors").unlink()
+    (output / "report.html").unlink()
     assert run_sft.main([*arguments, "--export"]) == 0
     assert (output / "final_model/model.safetensors").read_bytes() == weights
+    assert "final_model/ is base and adapter to " in (output / "report.html").read_text(encoding="utf-8")
+    assert json.loads(before)["model"] == "adapter"
+    assert run_sft.main([*arguments, "--score", "evaluation.model=final"]) == 0
+    assert json.loads((output / "scores.json").read_text(encoding="utf-8"))["model"] == "final"
+    assert "final_model/, as shipped" in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_checkpoint_of_another_recipe_is_not_resumed(qlora_run, capfd):

@@ -104,7 +104,7 @@ def _evaluated_model(recipe: Recipe) -> Iterator[Problem]:
     if recipe.evaluation.model == "final" and not (recipe.export.merge or recipe.trains_all_weights):
         yield (
             "evaluation.model",
-            "final needs export.merge: true, which writes final_model/; turn it on, or set adapter",
+            "final needs export.merge: true, which writes final_model/; set it, or adapter here",
         )
 
 

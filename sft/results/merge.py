@@ -26,8 +26,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from sft.allocator import give_freed_memory_back
 from sft.errors import ModelError
+from sft.model.allocator import give_freed_memory_back
 from sft.model.load import load_on_meta
 from sft.model.lora import load_adapter
 from sft.model.source import find_model, first_line, local_or_hub

@@ -164,7 +164,7 @@ def tuned_model(released, output):
 
 
 def parameter_names(folder: Path) -> set[str]:
-    return set(load_file(folder / "model.safetensors"))
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
 
 
 def test_the_run_leaves_adapter_model_scores_and_report(output):
@@ -274,7 +274,9 @@ def test_the_run_itself_writes_the_glm_format(output):
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
-        "model.safetensors",
+        "model-00001-of-00002.safetensors",  # the base's shards
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "training_config.json",
@@ -367,7 +369,7 @@ def test_the_nested_seed_trains_as_printed_on_its_own_model(released, tmp_path):
     run_command([str(seed), *overrides])
     adapter = json.loads((tmp_path / "out/lora_adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert set(adapter["target_modules"]) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
-    assert (tmp_path / "out/final_model/model.safetensors").is_file()
+    assert (tmp_path / "out/final_model/model.safetensors.index.json").is_file()
 
 
 def test_the_recipe_has_the_seeds_values(tmp_path):

@@ -154,6 +154,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "training_args": {},
         "evaluation": {
             "metrics": ["bleu", "chrf", "rouge"],
+            "model": "adapter",
             "batch_size": 16,
             "max_samples": None,
             "language": None,
@@ -406,6 +407,10 @@ def test_a_wrong_line_is_answered_with_what_to_do(line: str, problem: str) -> No
         (
             "dataset: {validation: 0.5, test: 0.5}",
             "4: dataset.test: and dataset.validation are shares that leave nothing to train on; give smaller ones",
+        ),
+        (
+            "lora_config: {r: 8}\nexport: {merge: false}\nevaluation: {model: final}",
+            "6: evaluation.model: final needs export.merge: true, which writes final_model/; set it, or adapter here",
         ),
         (
             "chat: {instruction_template: '<user>'}",

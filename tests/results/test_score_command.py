@@ -89,6 +89,21 @@ def test_score_of_a_full_fine_tuning_takes_its_final_model(folders, tmp_path):
     assert answers_in(tmp_path / "run", "base") == answers_in(tmp_path / "one", "base")
 
 
+def test_score_of_the_final_model_takes_it_and_no_adapter(folders, tmp_path, capfd):
+    final = ["evaluation.model=final"]
+    assert run_sft.main(score_command(folders, tmp_path, *final)) == 2
+    assert f"evaluation.model=final: there is no {tmp_path}/final_model; set" in capfd.readouterr().err
+    shutil.copytree(folders / "other", tmp_path / "final_model")
+    shutil.copytree(folders / "model_adapter", tmp_path / "lora_adapter")
+    assert run_sft.main(score_command(folders, tmp_path, *final)) == 0
+    assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["model"] == "final"
+    assert run_sft.main(score_command(folders, tmp_path / "two", f"model_name_or_path={folders}/other")) == 0
+    assert answers_in(tmp_path, "tuned") == answers_in(tmp_path / "two", "base")
+    another = f"adapter_name_or_path={folders}/other_adapter"
+    assert run_sft.main(score_command(folders, tmp_path, *final, another)) == 2
+    assert f"final_model is not of the adapter {folders}/other_adapter; set evaluation.model" in capfd.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_killed_process_ends_as_if_nothing_had_happened_when_it_is_started_again(folders, tmp_path, monkeypatch):
     slow = ["evaluation.generation.max_new_tokens=60", "evaluation.batch_size=1", "evaluation.max_samples=16"]

@@ -40,20 +40,20 @@ def is_whole(folder: Path) -> bool:
     """Whether it was written to its end; of one without a seal, trainer_state.json is what the Trainer writes last."""
     if (folder / CHECKSUMS).is_file():
         return not is_open(folder)
-    return _logged_step(folder) is not None
+    return _state(folder) is not None
 
 
-def _logged_step(folder: Path) -> int | None:
-    """The step of a folder's trainer_state.json; None: there is none that can be read."""
+def _state(folder: Path) -> Any:
+    """A folder's trainer_state.json; None: there is none that can be read."""
     try:
-        return int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError):
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
 def has_log(output_dir: Path, step: int) -> bool:
     """Whether the log of a run that ended at this step was written, with what comes after the last checkpoint."""
-    return _logged_step(output_dir) == step
+    return (_state(output_dir) or {}).get("global_step") == step
 
 
 def begin_checkpoint(folder: Path) -> None:

@@ -155,6 +155,20 @@ def test_merged_weights_are_rounded_once_from_the_weights_that_were_trained(tmp_
     assert not torch.equal(ours[f"{name}.weight"], by_bfloat16), "peft rounds the product first, then the sum"
 
 
+def test_wider_numbers_come_first_so_that_each_lies_at_a_multiple_of_its_width(tmp_path):
+    base = save_base("llama", tmp_path / "base")
+    save_adapter(base, tmp_path, Q)
+    merger = ShardMerger(recipe_of(base, tmp_path, "model_init.dtype=bfloat16"), tmp_path / "lora_adapter")
+    merger._dtypes["model.norm.weight"] = torch.float32  # as transformers keeps some weights of some models
+    merger.write(tmp_path)
+    (file,) = (file for file in tmp_path.glob("*.safetensors") if "model.norm.weight" in load_file(file))
+    assert load_file(file)["model.norm.weight"].dtype is torch.float32
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["model.norm.weight"]["data_offsets"] == [0, 64]
+    assert {entry["dtype"] for name, entry in header.items() if "data_offsets" in entry} == {"F32", "BF16"}
+
+
 def test_bin_files_are_read_as_weights_only(tmp_path):
     base = save_base("tied", tmp_path / "base")
     state = AutoModelForCausalLM.from_pretrained(base).state_dict()  # both names of the tied weight, as .bin files hold

@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import run_sft
+from sft.recipe import load_recipe
+from sft.results.evaluation import models_on_disk
 from tests.results.chatters import count_generated, predictions, random_chatter, with_lora
 from tests.test_run import ROOT, run_process
 
@@ -99,6 +101,10 @@ def test_score_of_the_final_model_takes_it_and_no_adapter(folders, tmp_path, cap
     assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["model"] == "final"
     assert run_sft.main(score_command(folders, tmp_path / "two", f"model_name_or_path={folders}/other")) == 0
     assert answers_in(tmp_path, "tuned") == answers_in(tmp_path / "two", "base")
+    overrides = [*score_command(folders, tmp_path, *final)[1:], "quantization_config={load_in_4bit: true}"]
+    recipe = load_recipe(ROOT / "recipes/smollm2_cpu.yaml", [each for each in overrides if each != "--score"])
+    base, _ = models_on_disk(recipe)
+    assert not getattr(base.model, "is_quantized", False), "what is shipped is compared with what it began from"
     another = f"adapter_name_or_path={folders}/other_adapter"
     assert run_sft.main(score_command(folders, tmp_path, *final, another)) == 2
     assert f"final_model is not of the adapter {folders}/other_adapter; set evaluation.model" in capfd.readouterr().err

@@ -202,7 +202,7 @@ class Moment:
                 self.until(wanted.exists, process, pause=0.001 if near.name == "out" else 0)
         elif self.logged:
             log = folder / "log"
-            self.until(lambda: log.exists() and log.read_bytes().count(b"'loss'") >= self.logged, process, pause=0.001)
+            self.until(lambda: log.exists() and log.read_bytes().count(b"  loss ") >= self.logged, process, pause=0.001)
             time.sleep(0.03)  # the step after it has begun
         else:
             process.join(self.share * seconds)

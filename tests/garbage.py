@@ -542,6 +542,7 @@ def changed(**values: Any) -> Callable[[bytes], bytes]:
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NO_CONFIG = "recipe.yaml:1: model_name_or_path: its configuration (config.json) does not load: "
 NO_MODEL = "recipe.yaml:1: model_name_or_path: is no causal language model: "
+CUT_OFF = "recipe.yaml:1: model_name_or_path: model does not load: model.safetensors is damaged; fetch it again"
 NO_WEIGHTS = "recipe.yaml:1: model_name_or_path: does not load: "
 model("no config.json", CONFIG, None, "the folder model holds no config.json; it is not a model")
 model("an empty config.json", CONFIG, b"", NO_CONFIG)
@@ -590,9 +591,9 @@ model("an unknown activation", CONFIG, changed(hidden_act="nosuch"), NO_MODEL)
 model("an unknown dtype", CONFIG, changed(dtype="float99"), NO_CONFIG)
 model("remote code", CONFIG, changed(model_type="mine", auto_map={"AutoConfig": "a--b.C"}), "trust_remote_code")
 model("no weights", WEIGHTS, None, NO_WEIGHTS)
-model("empty weights", WEIGHTS, b"", NO_WEIGHTS)
-model("weights that are text", WEIGHTS, b"weights\n" * 10, NO_WEIGHTS)
-model("a header of 2 ** 60 bytes", WEIGHTS, struct.pack("<Q", 2**60) + b"{}", NO_WEIGHTS)
+model("empty weights", WEIGHTS, b"", CUT_OFF)
+model("weights that are text", WEIGHTS, b"weights\n" * 10, CUT_OFF)
+model("a header of 2 ** 60 bytes", WEIGHTS, struct.pack("<Q", 2**60) + b"{}", CUT_OFF)
 model(
     "weights of another model",
     WEIGHTS,
@@ -801,10 +802,12 @@ add(
 
 def checkpoint(name: str, file: str, content: Content, says: str, *more: str) -> None:
     arguments = "training_args.max_steps=3", "resume_from_checkpoint=out/checkpoint-1", *more
-    add("checkpoint", name, says, {f"out/{file}": content}, *arguments, needs="run")
+    unsealed = {"out/checkpoint-1/checksums.json": None}  # by which any change would be told already
+    add("checkpoint", name, says, {**unsealed, f"out/{file}": content}, *arguments, needs="run")
 
 
 RESUME = "error: out/checkpoint-1 does not load: "
+DAMAGED = "out/checkpoint-1 cannot be gone on from: "  # by the formats of its files
 OTHER = "error: out/checkpoint-1 is another model's: it lacks 4 weights"
 STATE = "out/checkpoint-1/trainer_state.json is none of a run"
 checkpoint("missing", "x", b"", "there is no checkpoint out/checkpoint-7", "resume_from_checkpoint=out/checkpoint-7")
@@ -816,7 +819,7 @@ checkpoint("a state of nothing", "checkpoint-1/trainer_state.json", "{}", STATE)
 checkpoint("a step that is text", "checkpoint-1/trainer_state.json", changed(global_step="one"), STATE)
 checkpoint("a step of -5", "checkpoint-1/trainer_state.json", changed(global_step=-5), STATE)
 checkpoint("no weights", "checkpoint-1/adapter_model.safetensors", None, RESUME)
-checkpoint("weights that are text", "checkpoint-1/adapter_model.safetensors", b"weights\n" * 10, RESUME)
+checkpoint("weights that are text", "checkpoint-1/adapter_model.safetensors", b"weights\n" * 10, DAMAGED)
 checkpoint(
     "weights of another model",
     "checkpoint-1/adapter_model.safetensors",
@@ -824,12 +827,21 @@ checkpoint(
     OTHER,
 )
 checkpoint("an optimizer that is a hostile pickle", "checkpoint-1/optimizer.pt", evil_zip, RESUME)
-checkpoint("an optimizer that is text", "checkpoint-1/optimizer.pt", b"optimizer", RESUME)
+checkpoint("an optimizer that is text", "checkpoint-1/optimizer.pt", b"optimizer", DAMAGED)
 checkpoint("random numbers that are a hostile pickle", "checkpoint-1/rng_state.pth", evil_zip, RESUME)
-checkpoint("a schedule that is a hostile pickle", "checkpoint-1/scheduler.pt", EVIL, RESUME)
-checkpoint("a description that is no JSON", "training_config.json", "{", "training_config.json cannot be read")
-checkpoint("a description that is a list", "training_config.json", "[]", "training_config.json cannot be read")
-checkpoint("a recipe that is a list", "training_config.json", changed(recipe=[]), "training_config.json cannot be read")
+checkpoint("a schedule that is a hostile pickle", "checkpoint-1/scheduler.pt", EVIL, DAMAGED)
+checkpoint(
+    "a description that is no JSON", "training_config.json", "{", "training_config.json is not JSON that a run wrote"
+)
+checkpoint(
+    "a description that is a list", "training_config.json", "[]", "training_config.json is not JSON that a run wrote"
+)
+checkpoint(
+    "a recipe that is a list",
+    "training_config.json",
+    changed(recipe=[]),
+    "training_config.json is not JSON that a run wrote",
+)
 
 # ------------------------------------------------------------------------------------------------- paths and data sets
 

@@ -54,7 +54,7 @@ def whole_run(folder: Path) -> Iterator[Line]:
     model, output = small_qwen(folder), folder / "run"
     command = [RECIPE, *overrides_for(model, *SHORT, f"output_dir={output}")]
     process, log = _start([str(ROOT / "run_sft.py"), *command, "training_args.max_steps=5000"], folder / "stopped.log")
-    while "'loss'" not in _read(log):
+    while "  loss " not in _read(log):
         if process.poll() is not None:
             raise RuntimeError(f"run_sft.py ended before its first step: {_last_line(log)}")
         time.sleep(0.1)

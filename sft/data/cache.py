@@ -52,7 +52,7 @@ def use(key: str, source: str, make: Callable[[Path], None]) -> Path:
     folder = cache_folder() / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock_of(folder)):
-        is_made = (folder / DONE).is_file()
+        is_made = folder.is_dir()
         if is_made and (found := damage(folder)):
             say(f"{source} is tokenised again: of the kept rows in {folder} {found}")
             is_made = False

@@ -82,7 +82,6 @@ def _refuse_quantised(recipe: Recipe, model: PreTrainedModel, modules_to_save: l
                 )
 
 
-LFS_POINTER = b"version https://git-lfs"
 # By these transformers' from_pretrained leaves a process of FSDP without weights: the first one hands them out.
 READ_BY_FIRST = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
@@ -155,10 +154,6 @@ def _why_not(recipe: Recipe, error: Exception) -> str:
     """Why a model does not load, where its folder tells better than the libraries."""
     folder = Path(recipe.model_name_or_path).expanduser()
     weights = list(folder.glob("*.safetensors"))
-    for file in weights:
-        with open(file, "rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:  # cloned without git-lfs
-                return f"{file.name} is a pointer of git-lfs, not the weights; run `git lfs pull` in that folder"
     if not weights and list(folder.glob("*.bin")) and recipe.model_init.get("use_safetensors") is not False:
         return "its weights are a pickle; to read it, as weights only, set model_init.use_safetensors: false"
     if "ignore_mismatched_sizes" in str(error):
@@ -174,6 +169,7 @@ def load_on_meta(recipe: Recipe) -> tuple[PreTrainedModel, set[str]]:
     """
     reach = find_model(recipe.model_name_or_path, recipe)
     options = {"use_safetensors": True, **recipe.model_init, "dtype": default_dtype(recipe), **reach}
+    refuse_damaged(recipe.model_name_or_path, recipe)
     options |= {"device_map": "meta", "output_loading_info": True}
     with _load_errors(recipe), _read_by_first(False):
         loaded: Any = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)

@@ -51,7 +51,6 @@ def load_adapter(
     Raises: RecipeError: it is not there, or it was made for another model.
     """
     reach = find_model(name, recipe, key, "adapter_config.json")
-    refuse_damaged(name, recipe, key)
     adapter_config = read_adapter_config(name, recipe, key, **reach)
     if recipe.lora_config and trainable:
         for option, value in recipe.lora_config.items():
@@ -68,6 +67,7 @@ def load_adapter(
         if recipe.model_init.get("use_safetensors") is not False:
             what = "its weights are a pickle; to read it, as weights only, set model_init.use_safetensors: false"
             raise recipe.error(key, f"{name}: {what}")
+    refuse_damaged(name, recipe, key)
     try:
         reach |= {"autocast_adapter_dtype": _lora_is_float32(recipe), "low_cpu_mem_usage": assign}
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, **reach)

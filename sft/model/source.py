@@ -52,12 +52,20 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
     return {}
 
 
+LFS_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in the place of a file
+
+
 def refuse_damaged(name: str, recipe: Recipe, key: str = "model_name_or_path") -> None:
     """Raises: RecipeError: a file in the folder of a model or adapter is not as it was written.
 
     Of one that is not of a run of ours the formats tell a file that was cut off, but not another value of a weight.
     """
     folder = Path(name).expanduser()
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                what = f"{file.name} is a pointer of git-lfs, not the weights; run `git lfs pull` in that folder"
+                raise recipe.error(key, f"{name} does not load: {what}")
     if folder.is_dir() and (found := damage(folder)):
         raise recipe.error(key, f"{name} does not load: {found}; fetch it again, or make it anew")
 

@@ -165,7 +165,8 @@ def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path)
     except ValueError:
         raise recipe.error(
             "resume_from_checkpoint",
-            f"{left} is not JSON, so whether {chosen} is of this recipe is unknown; restore it, or remove it if it is",
+            f"{left} is not JSON that a run wrote, so whether {chosen} is of this recipe is unknown; restore it, or "
+            "remove it if it is",
         ) from None
     old, new = _flat(before.get("recipe", {})), _flat(description["recipe"])
     keys = {key for key in old.keys() | new.keys() if not FREE_ON_RESUME.match(key)}

@@ -212,7 +212,7 @@ def test_a_first_answer_that_is_too_long_drops_the_row_and_says_why(run):
 def test_a_row_that_cannot_be_encoded_when_cut_is_a_bad_row(run, monkeypatch):
     real = ChatEncoder.encode
 
-    def refusing(self, messages, tools=None):
+    def refusing(self, messages, tools=None, **how):
         if messages[-1]["content"] == "cut":
             raise FormatError("the chat template refuses this conversation")
         return real(self, messages, tools)

@@ -297,7 +297,7 @@ def test_a_signal_to_one_process_or_to_the_launcher_saves_once_and_stops_all(rec
     output = tmp_path / "out"
     process = start_two(recipe, output, "training_args.num_train_epochs=200", "training_args.save_steps=5000")
     seen = ""
-    while "'loss'" not in seen:
+    while "  loss " not in seen:
         seen += process.stdout.readline()
         assert process.poll() is None, seen
     workers = psutil.Process(process.pid).children()
@@ -391,7 +391,7 @@ def test_fsdp_stopped_by_a_signal_to_one_process_goes_on_as_if_undisturbed(recip
         run_two(recipe, undisturbed, *options, script=ON_CPU)
     process = start_two(recipe, tmp_path / "out", *options, script=ON_CPU)
     seen = ""
-    while "'loss'" not in seen:
+    while "  loss " not in seen:
         seen += process.stdout.readline()
         assert process.poll() is None, seen
     workers = psutil.Process(process.pid).children()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -21,7 +22,7 @@ from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.errors import UserError
-from sft.files import CHECKSUMS, write_json, writing
+from sft.files import CHECKSUMS, write_text, writing
 from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.recipe import Recipe
 from sft.training.arguments import training_config
@@ -172,7 +173,8 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
     def save_state(self) -> None:
         """trainer_state.json as transformers writes it, but whole or not at all."""
         if processes.is_first():
-            write_json(self._output_dir / "trainer_state.json", dataclasses.asdict(self.state))
+            text = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
+            write_text(self._output_dir / "trainer_state.json", text)
 
     def refuse_broken_weights(self) -> None:
         """Every process must call it. Raises: UserError: weights that are no numbers, before they replace good ones."""

@@ -28,13 +28,15 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from sft.errors import ModelError
 from sft.model.allocator import give_freed_memory_back
-from sft.model.load import load_on_meta
+from sft.model.load import load_config, load_on_meta
 from sft.model.lora import load_adapter
 from sft.model.source import find_model, first_line, local_or_hub
 from sft.recipe import Recipe
 
 Tensors = Iterator[tuple[str, torch.Tensor]]  # (name, tensor)
 TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}  # what safetensors calls torch's dtypes
+
+ZERO = torch.zeros((), dtype=torch.float32)  # what every weight without memory is a view of
 
 
 class NotByShard(Exception):
@@ -74,6 +76,8 @@ class ShardMerger:
     """
 
     def __init__(self, recipe: Recipe, adapter: Path):
+        if getattr(load_config(recipe), "quantization_config", None):
+            raise NotByShard("the base's files hold quantised weights")
         self.model, missing = load_on_meta(recipe)
         _require_plain(recipe, self.model, missing)
         self.size = sum(weight.nbytes for weight in self.model.parameters())
@@ -319,8 +323,6 @@ def _require_plain(recipe: Recipe, model: PreTrainedModel, missing: set[str]) ->
     """Raises: NotByShard: the base's files are not simply its weights."""
     if model.is_remote_code() or "key_mapping" in recipe.model_init:
         raise NotByShard("how the base's weights are read is its own code's to say")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise NotByShard("the base's files hold quantised weights")
     if missing:
         raise NotByShard(f"{min(missing)} is in no file of the base")
 
@@ -349,12 +351,11 @@ def _take_no_memory(module: nn.Module) -> None:
 
     In float32, as peft rounds an adapter that it assigns to the dtype of the weights beside it.
     """
-    zero = torch.zeros((), dtype=torch.float32)
-    module.load_state_dict({name: zero.expand(w.shape) for name, w in module.state_dict().items()}, assign=True)
+    module.load_state_dict({name: ZERO.expand(w.shape) for name, w in module.state_dict().items()}, assign=True)
 
 
 def _takes_no_memory(weight: torch.Tensor) -> bool:
-    return weight.untyped_storage().nbytes() < weight.nbytes
+    return weight.data_ptr() == ZERO.data_ptr()
 
 
 def _wrappers(adapted: PeftModel) -> Iterator[tuple[str, Any]]:

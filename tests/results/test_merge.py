@@ -36,7 +36,8 @@ BASES = {
     "llama": LlamaConfig(**SIZES),
     "phi3": Phi3Config(**SIZES, pad_token_id=0),
     "mixtral": MixtralConfig(**SIZES, **EXPERTS),  # its experts are stacked when it is read
-    "gpt_oss": GptOssConfig(**SIZES, **EXPERTS, head_dim=8),  # its experts lie stacked in the files
+    # Its experts lie stacked in the files; of one head, its sinks are weights of one number.
+    "gpt_oss": GptOssConfig(**{**SIZES, "num_attention_heads": 1, "num_key_value_heads": 1}, **EXPERTS, head_dim=16),
 }
 ALL, Q = {"r": 2, "target_modules": "all-linear"}, {"r": 2, "target_modules": ["q_proj"]}
 PATTERNS = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"o_proj": 7}}
@@ -214,6 +215,20 @@ def test_stacked_experts_are_merged_in_memory_which_is_said(tmp_path, capfd, dty
     if dtype == "float32":
         theirs = by_peft(base, tmp_path / "lora_adapter", tmp_path / "peft")
         assert equal(tensors(tmp_path / "final_model"), theirs)
+
+
+@pytest.mark.parametrize(("config", "key_mapping", "told"), [
+    ({"quantization_config": {"quant_method": "fp8"}}, "", "the base's files hold quantised weights"),
+    ({}, "model_init.key_mapping={a: b}", "how the base's weights are read is its own code's to say"),
+    ({"num_hidden_layers": 3}, "", r"model.layers.2.[a-z_.]+ is in no file of the base"),
+])  # fmt: skip
+def test_files_that_are_not_simply_the_weights_are_not_merged_by_shard(tmp_path, config, key_mapping, told):
+    base = save_base("llama", tmp_path / "base")
+    save_adapter(base, tmp_path, Q)
+    fields = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(fields | config), encoding="utf-8")
+    with pytest.raises(NotByShard, match=told):
+        ShardMerger(recipe_of(base, tmp_path, *filter(None, [key_mapping])), tmp_path / "lora_adapter")
 
 
 @pytest.mark.parametrize(("options", "edit", "told"), [

@@ -194,9 +194,8 @@ def test_sigterm_in_each_phase_stops_the_run_and_the_same_command_goes_on(
         ("validation", 1, []),  # before the first step: there is nothing to save
         ("step", 1, [1]),
         ("checkpoint", 1, [1, 2]),
-        ("validation", 1, [1, 2]),  # what it goes on from lies there
         ("step", 1, [1, 2, 3]),
-        ("checkpoint", 1, [1, 2, 3, 4]),
+        ("validation", 1, [1, 2, 3, 4]),  # after the last step
         ("state", 1, [1, 2, 3, 4]),
         ("weights", 1, [1, 2, 3, 4]),
         ("merged", 1, [1, 2, 3, 4]),

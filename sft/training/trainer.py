@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,11 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
                 if self.state.global_step and not processes.decide(lambda: is_whole(self._checkpoint)):
                     self._save_checkpoint(self.model, trial=None)
                 return None
+
+    def take_up(self, checkpoint: Path) -> None:
+        """The same, where a signal cuts short a validation that is still to be made."""
+        with suppress(GivenUp):  # the run says that it was stopped
+            super().take_up(checkpoint)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validates, and puts the random states back: a data loader draws a seed.

@@ -272,6 +272,7 @@ def test_the_run_itself_writes_the_glm_format(output):
     assert (config["model_type"], "auto_map" in config) == ("glm", False)
     assert {path.name for path in (output / "final_model").iterdir()} == {
         "chat_template.jinja",
+        "checksums.json",
         "config.json",
         "generation_config.json",
         "model-00001-of-00002.safetensors",  # the base's shards

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 import run_sft
 from sft import processes
 from sft.recipe import load_recipe
-from sft.training import parallel
-from sft.training import trainer as training
+from sft.training import arguments, parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # no run of two processes here takes a tenth of it on two idle CPUs; a hang is a failure
@@ -207,8 +206,8 @@ def test_shares_are_each_nth_and_leave_nothing_out(monkeypatch):
 
 
 def test_lora_looks_for_no_unused_weights(recipe):
-    assert training.training_config(load_recipe(recipe)).ddp_find_unused_parameters is False
-    assert training.training_config(load_recipe(recipe, ["lora_config=null"])).ddp_find_unused_parameters is None
+    assert arguments.training_config(load_recipe(recipe)).ddp_find_unused_parameters is False
+    assert arguments.training_config(load_recipe(recipe, ["lora_config=null"])).ddp_find_unused_parameters is None
 
 
 # ---------------------------------------------------------------------------------------------------------- resuming
@@ -489,11 +488,11 @@ def test_other_parallelism_of_the_launcher_is_refused(recipe, monkeypatch, capfd
 
 
 def test_without_a_launcher_one_gpu_of_many_is_used_and_a_line_says_how_to_use_all(recipe, monkeypatch):
-    for module in (training, parallel):
+    for module in (arguments, parallel):
         monkeypatch.setattr(module, "use_cpu", lambda recipe: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     made = load_recipe(recipe)
-    assert training.training_config(made).n_gpu == 1, "trl refuses more once the model has been loaded"
+    assert arguments.training_config(made).n_gpu == 1, "trl refuses more once the model has been loaded"
     line = f"4 GPUs are here and one is used; all: torchrun --nproc_per_node 4 run_sft.py {recipe}"
     assert parallel.gpus_line(made) == line
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

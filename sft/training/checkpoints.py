@@ -5,6 +5,9 @@ last entry are lost, a checkpoint that is saved at an epoch's end is saved befor
 never made, and `eval_on_start` is made again. It deletes old checkpoints by the clock.
 """
 
+import dataclasses
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +19,10 @@ from transformers.trainer_utils import align_special_tokens
 
 from sft import processes
 from sft.errors import UserError
-from sft.files import damage
+from sft.files import damage, write_text, writing
 from sft.model.lora import missing_weights
 from sft.model.source import first_line
-from sft.training.resume import begin_checkpoint, end_checkpoint
+from sft.training.resume import begin_checkpoint, end_checkpoint, is_whole
 
 LOSS = "loss_since_log"  # in TrainerState.stateful_callbacks
 
@@ -30,23 +33,45 @@ class CheckpointTrainer(Trainer):
     taken_up: Path | None = None  # the checkpoint of a finished run
     _saved: Path | None = None
 
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the weights of the last step that has ended are saved, or will be."""
+        return self.output_dir / f"checkpoint-{self.state.global_step}"
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        output, state = Path(str(self.args.output_dir)), self.state
-        folder = output / f"checkpoint-{state.global_step}"
+        folder, state = self.checkpoint, self.state
         if self._saved == folder:
             return  # a step that is saved at its own end and at the epoch's: the first may be the only one
         losses = processes.gather(self._tr_loss.item())
         kept: Any = state.stateful_callbacks
         kept[LOSS] = {"sum": sum(losses) / len(losses), "logged_step": self._globalstep_last_logged}
-        processes.decide(lambda: begin_checkpoint(folder))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with writing(folder):
+                processes.decide(lambda: begin_checkpoint(folder))
+                super()._save_checkpoint(*args, **kwargs)
+                processes.wait()  # until each has written its part
+                processes.decide(lambda: end_checkpoint(folder, limit, state.best_model_checkpoint))
         finally:
             self.args.save_total_limit = limit
-        processes.wait()  # until each has written its part
-        processes.decide(lambda: end_checkpoint(folder, limit, state.best_model_checkpoint))
+            if processes.is_first() and not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # on a full disk its place is needed
         self._saved = folder
+
+    def save_state(self) -> None:
+        """trainer_state.json as transformers writes it, but whole or not at all."""
+        if processes.is_first():
+            text = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
+            write_text(self.output_dir / "trainer_state.json", text)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Keeps each weight's dtype: peft reads an adapter as float32, and trl trains it in bfloat16 over 4 bits."""
@@ -54,7 +79,7 @@ class CheckpointTrainer(Trainer):
         before = {name: parameter.dtype for name, parameter in model.named_parameters()}
         with _readable(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-            if isinstance(model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            if isinstance(model, PeftModel) and not self.is_sharded:
                 if missing := missing_weights(model, Path(resume_from_checkpoint)):
                     raise UserError(f"{resume_from_checkpoint} is another model's: it lacks {missing}; name another")
         for name, parameter in model.named_parameters():
@@ -65,10 +90,7 @@ class CheckpointTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Once in a run that goes on, just before its first step: there the log is taken up as well.
-
-        After the random numbers, since those of a validation that is still to be made were drawn after the saving.
-        """
+        """Once in a run that goes on, just before its first step: there the log is taken up as well."""
         with _readable(checkpoint):
             super()._load_rng_state(checkpoint)
         kept: Any = self.state.stateful_callbacks
@@ -99,9 +121,8 @@ class CheckpointTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self.taken_up = Path(best or checkpoint)
-        found = processes.decide(lambda: damage(self.taken_up or checkpoint))
-        if found:
-            raise UserError(f"{self.taken_up}, the best checkpoint, cannot be taken up: {found}; restore it")
+        if best and (found := processes.decide(lambda: damage(Path(best)))):  # find_checkpoint saw to the other
+            raise UserError(f"{best}, the best checkpoint, cannot be taken up: {found}; restore it")
         align_special_tokens(self.model, self.processing_class)  # as train() does; generation stops by them
         if not self.is_deepspeed_enabled:
             self._load_from_checkpoint(str(self.taken_up))

@@ -1,8 +1,6 @@
 """Training with TRL's SFTTrainer."""
 
-import dataclasses
 import gc
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,7 +21,7 @@ from sft import processes
 from sft.data.collator import DataCollatorForCompletionOnlyLM
 from sft.data.splits import Data
 from sft.errors import UserError
-from sft.files import CHECKSUMS, write_text, writing
+from sft.files import CHECKSUMS
 from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.recipe import Recipe
 from sft.training.arguments import training_config
@@ -61,8 +59,8 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):  # which print raw dicts
             self.remove_callback(callback)
-        self.tokens_seen = 0
-        self._line = TrainingLine(lambda: self.tokens_seen, is_plain)
+        self._tokens_seen = torch.zeros((), dtype=torch.int64)
+        self._line = TrainingLine(lambda: int(self._tokens_seen), is_plain)
         self.add_callback(self._line)
 
     def _takes_trls_loss(self, device_type: str) -> bool:
@@ -104,7 +102,8 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
         return super().get_batch_samples(map(self._counted, epoch_iterator), num_batches, device)
 
     def _counted(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        self.tokens_seen += int(batch["row_tokens"].sum())
+        tokens = batch["row_tokens"].sum()
+        self._tokens_seen = self._tokens_seen.to(tokens.device) + tokens  # a number only where it is shown: no waiting
         return self._without_repeats(batch)
 
     def prediction_step(
@@ -153,29 +152,9 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
             raise self._diverged(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
         return loss
 
-    @property
-    def _output_dir(self) -> Path:
-        return Path(str(self.args.output_dir))
-
-    @property
-    def _checkpoint(self) -> Path:
-        """Where the weights of the last step that has ended are saved, or will be."""
-        return self._output_dir / f"checkpoint-{self.state.global_step}"
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.refuse_broken_weights()
-        try:
-            with writing(self._checkpoint):
-                super()._save_checkpoint(*args, **kwargs)
-        finally:
-            if processes.is_first() and not is_whole(self._checkpoint):
-                shutil.rmtree(self._checkpoint, ignore_errors=True)  # on a full disk its place is needed
-
-    def save_state(self) -> None:
-        """trainer_state.json as transformers writes it, but whole or not at all."""
-        if processes.is_first():
-            text = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
-            write_text(self._output_dir / "trainer_state.json", text)
+        super()._save_checkpoint(*args, **kwargs)
 
     def refuse_broken_weights(self) -> None:
         """Every process must call it. Raises: UserError: weights that are no numbers, before they replace good ones."""
@@ -186,7 +165,7 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
             raise self._diverged(f"weights are no numbers any more after step {self.state.global_step}")
 
     def _diverged(self, found: str) -> UserError:
-        kept = checkpoints(self._output_dir)
+        kept = checkpoints(self.output_dir)
         where = "no checkpoint was saved before it"
         if kept:
             key = "adapter" if hasattr(self.accelerator.unwrap_model(self.model), "peft_config") else "model"
@@ -207,7 +186,7 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
             try:
                 return super().train(*args, **kwargs)
             except GivenUp:
-                if self.state.global_step and not processes.decide(lambda: is_whole(self._checkpoint)):
+                if self.state.global_step and not processes.decide(lambda: is_whole(self.checkpoint)):
                     self._save_checkpoint(self.model, trial=None)
                 return None
 
@@ -227,11 +206,6 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
                 return super().evaluate(*args, **kwargs)
         finally:
             before.restore()
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds a part of the weights only."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def save_whole(self, folder: Path) -> None:
         """Writes the trained weights as one model or adapter. Every process must call it: each adds its part."""

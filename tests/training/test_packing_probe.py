@@ -28,6 +28,7 @@ from sft.recipe import load_recipe
 from sft.training import packing_probe
 from sft.training.packing_probe import Finding, decide, narrowed, probe, small_model
 from tests.families import FAMILIES, build
+from tests.training.test_attention import LINEAR
 
 RECIPE = """
 model_name_or_path: {model}
@@ -40,13 +41,6 @@ export: {{merge: false}}
 """
 NO_KERNEL = "takes no packed rows here: `causal_conv1d_fn` can't keep packed sequences apart without `causal_conv1d`"
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 
 
 def hybrid_config(**options):

@@ -123,27 +123,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
+def memory_failure(error: Exception, advice: str) -> UserError | None:
+    """That memory has run out, of the GPU or of the machine, and what to lower; None: it is another kind of error."""
+    if not is_out_of_memory(error):
+        return None
+    whose = "GPU's" if "CUDA" in str(error) or "HIP" in str(error) else "machine's"
+    found = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return UserError(f"the {whose} memory ran out: {found}\n{advice}")
+
+
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Turns memory that has run out, of the GPU or of the machine, into a UserError that says what to lower."""
+    """Around what may take much memory. Raises: UserError: it has run out, and what to lower."""
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if (told := memory_failure(error, advice)) is None:
             raise
-        whose = "GPU's" if "CUDA" in str(error) or "HIP" in str(error) else "machine's"
-        found = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"the {whose} memory ran out: {found}\n{advice}") from None
+        raise told from None
 
 
 def as_user_error(error: Exception, output_dir: Path) -> UserError | None:
     """What the machine did wherever nobody nearer has told it; None: it is an error of ours."""
-    try:
-        with memory_advice("give the run more memory, or a smaller model, or less of the data at once"):
-            raise error
-    except UserError as told:
-        return told
-    except Exception:
-        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-            return write_failure(error, Path(str(error.filename or output_dir)))
-    return None
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+        return write_failure(error, Path(str(error.filename or output_dir)))
+    return memory_failure(error, "give the run more memory, or a smaller model, or less of the data at once")

@@ -114,10 +114,7 @@ def load_model(
     Raises: RecipeError: it does not load, or it asks for what this machine has not.
     """
     check_machine(recipe)
-    reach = find_model(recipe.model_name_or_path, recipe)
-    refuse_damaged(recipe.model_name_or_path, recipe)
-    # No pickle unless the recipe names it, which transformers then reads as weights only.
-    options = {"use_safetensors": True, **recipe.model_init, "dtype": default_dtype(recipe, training), **reach}
+    options = _options(recipe, training)
     if quantised and recipe.quantization_config:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**recipe.quantization_config)
         # Quantised weights are made on the device where they stay.
@@ -137,6 +134,14 @@ def load_model(
     model.config.use_cache = False
     _keep_4bit_weights_trainable(model)
     return model
+
+
+def _options(recipe: Recipe, training: bool = True) -> dict[str, Any]:
+    """Keyword arguments of from_pretrained for the base. Raises: RecipeError: it is not there, or it is damaged."""
+    reach = find_model(recipe.model_name_or_path, recipe)
+    refuse_damaged(recipe.model_name_or_path, recipe)
+    # No pickle unless the recipe names it, which transformers then reads as weights only.
+    return {"use_safetensors": True, **recipe.model_init, "dtype": default_dtype(recipe, training), **reach}
 
 
 def _refuse_random_weights(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> None:
@@ -167,9 +172,7 @@ def load_on_meta(recipe: Recipe) -> tuple[PreTrainedModel, set[str]]:
     Returns: the model, and the names of weights that are in no file.
     Raises: RecipeError: it does not load.
     """
-    reach = find_model(recipe.model_name_or_path, recipe)
-    options = {"use_safetensors": True, **recipe.model_init, "dtype": default_dtype(recipe), **reach}
-    refuse_damaged(recipe.model_name_or_path, recipe)
+    options = _options(recipe)
     options |= {"device_map": "meta", "output_loading_info": True}
     with _load_errors(recipe), _read_by_first(False):
         loaded: Any = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)

@@ -41,7 +41,8 @@ def on_signals(handler: Any) -> Iterator[None]:
         yield
     finally:
         for number, restored in before.items():
-            signal.signal(number, restored)
+            if signal.getsignal(number) == handler:  # not where the run, about to end, has come to ignore it
+                signal.signal(number, restored)
 
 
 def interrupt(number: int, frame: Any) -> None:

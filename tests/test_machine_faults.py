@@ -257,6 +257,13 @@ def test_a_signal_that_was_ignored_when_the_run_began_stays_ignored(no_signal_un
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_that_a_run_about_to_end_ignores_stays_ignored(no_signal_unhandled):
+    with faults.on_signals(faults.interrupt):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as processes.part does before the launcher's SIGTERM
+    signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
 def test_a_run_outlives_the_reader_of_its_output(job, tmp_path):
     """As in `| tee log`, which Ctrl-C ends as well."""
     read, write = os.pipe()

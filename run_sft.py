@@ -122,9 +122,10 @@ def run_or_tell(options: argparse.Namespace) -> int:
 def tell(error: UserError) -> int:
     """Prints an error, once where several processes have it. Returns: the exit code."""
     if processes.tells(error):
-        print(f"error: {plain_text(error)}", file=sys.stderr, flush=True)
+        label = "" if error.exit_code > 128 else "error: "  # a signal is the user's wish
+        print(label + plain_text(error), file=sys.stderr, flush=True)
     processes.part(error)
-    return getattr(error, "exit_code", 2)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ def to_messages(row: dict[str, Any], system: str | None = None) -> list[dict[str
         for key, role, name in (("human", "user", "question"), ("assistant", "assistant", "answer")):
             text = turn.get(key)
             if not isinstance(text, str):
-                found = f"is {type(text).__name__}, not text" if key in turn else "is missing"
+                found = (
+                    f"is {type(text).__name__}, not text"
+                    if key in turn
+                    else f"is missing; the turn has {', '.join(turn)[:60]}"
+                )
                 raise FormatError(f"the {name} of turn {number} ({key}) {found}")
             if not text.strip():
                 raise FormatError(f"the {name} of turn {number} is empty")

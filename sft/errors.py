@@ -4,6 +4,7 @@
 class UserError(Exception):
     """Something in the recipe, the data or the machine is not as it must be: where, what was found, what to do."""
 
+    exit_code = 2
     agreed = False  # whether every process of the run raises it, so that one of them tells it
 
 

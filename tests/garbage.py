@@ -708,7 +708,7 @@ TOO_DEEP = "the chat template is no Jinja template that can be run: it is nested
 REFUSES = "train.jsonl:1: the chat template refuses this conversation: "
 NOT_WRITTEN = "train.jsonl:1: the chat template does not write the content of message 2 exactly once"
 TOO_LONG = "chat.jinja has more than 262,144 characters; no chat template has"
-add("template", "missing", "x.jinja cannot be read: No such file", {}, "chat.template=x.jinja")
+add("template", "missing", "there is no file x.jinja", {}, "chat.template=x.jinja")
 template("empty", b"", "chat.jinja is empty; give the .jinja file of a chat template")
 template("not UTF-8", b"\xff\xfe\x00", "chat.jinja is not UTF-8")
 template("a tag without an end", "{% for m in messages %}", NOT_JINJA)

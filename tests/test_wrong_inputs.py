@@ -69,7 +69,11 @@ CASES = {
     "no such adapter": (GOOD.encode(), ["adapter_name_or_path=./nosuch"], "there is no folder ./nosuch"),
     "no such target module": (GOOD.encode(), ["lora_config.target_modules=[query]"], "has no module query"),
     "no such checkpoint": (GOOD.encode(), ["resume_from_checkpoint=./checkpoint-7"], "there is no checkpoint"),
-    "no such template": (GOOD.encode(), ["chat.template=nosuch.jinja"], "nosuch.jinja cannot be read"),
+    "no such template": (
+        GOOD.encode(),
+        ["chat.template=nosuch.jinja"],
+        "there is no file nosuch.jinja; a template is given as a file",
+    ),
     "unwritable output": (GOOD.encode(), ["output_dir=/proc/out"], "/proc/out"),
     "output is a file": (GOOD.encode(), [f"output_dir={ROOT}/LICENSE/out"], "LICENSE/out"),
     "glob without a match": (GOOD.encode(), ["dataset.train=nosuch/*.jsonl"], "no file matches"),

@@ -159,6 +159,8 @@ def ledger_table(ledger: Ledger) -> str:
     for line in lines:
         padding = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
         text.append("  ".join(c + p if i < 2 else p + c for i, (c, p) in enumerate(zip(line, padding, strict=True))))
+    if ledger["rows"].keys() - {file["split"] for file in ledger["files"]}:  # shares held out of the training files
+        text.append("conversations: " + ", ".join(f"{split} {rows:,}" for split, rows in ledger["rows"].items()))
     for file in ledger["files"]:
         path = file["path"]
         for kind, at in file["dropped"].items():

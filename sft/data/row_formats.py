@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,16 +44,45 @@ def detect_format(row: Any) -> Format:
     formats = load_formats()
     fits = [f for f in formats.values() if isinstance(row, dict) and all(key in row for key in f.fields["required"])]
     if not fits:
-        wants = "; ".join(f"{f.name}: {', '.join(f.fields['required'])}" for f in formats.values())
-        found = (
-            _json_type(row) if not isinstance(row, dict) else f"the fields {some(row)}" if row else "an empty object"
-        )
-        raise FormatError(f"no format fits {found}; the required fields are {wants}")
+        raise FormatError(_no_format(row, formats))
     most = max(len(f.fields["required"]) for f in fits)
     best = [f for f in fits if len(f.fields["required"]) == most]
     if len(best) > 1:
         raise FormatError(f"fits the formats {' and '.join(f.name for f in best)}; say which with dataset.format")
     return best[0]
+
+
+OTHER_WORDS = {  # for the keys of formats
+    "human": ("user", "question"),
+    "assistant": ("bot", "gpt", "model", "answer"),
+    "output": ("response", "answer", "target"),
+    "conversation": ("dialog", "dialogue", "turns"),
+}
+
+
+def _no_format(row: Any, formats: dict[str, Format]) -> str:
+    """What a row has that no format takes, and what to rename for the format that is nearest to it."""
+    if not isinstance(row, dict) or not row:
+        return f"no format fits {_json_type(row) if row != {} else 'an empty object'}; a row is an object with fields"
+    renamings = []
+    for fmt in formats.values():
+        missing = [key for key in fmt.fields["required"] if key not in row]
+        found = [_alike(key, row) for key in missing]
+        if None not in found:
+            renamings.append((len(missing), ", ".join(f"{a}: {b}" for a, b in zip(found, missing, strict=True)), fmt))
+    if renamings:
+        _, columns, fmt = min(renamings, key=lambda renaming: renaming[0])
+        hint = f"if it is meant to be {fmt.name}, set dataset.columns: {{{columns}}}"
+    else:
+        hint = f"the README shows a row of each: {', '.join(formats)}"
+    return f"no format fits the fields {some(row)}; {hint}"
+
+
+def _alike(wanted: str, row: dict[str, Any]) -> str | None:
+    """The row's key that may mean a format's: another word for it, or nearly the same letters."""
+    keys = [key for key in row if isinstance(key, str)]
+    others = [key for key in keys if key.lower() in OTHER_WORDS.get(wanted, ())]
+    return next(iter(others or get_close_matches(wanted, keys, 1, 0.8)), None)
 
 
 def some(names: Iterable[Any]) -> str:

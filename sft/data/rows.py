@@ -87,8 +87,7 @@ def expand(source: Source, recipe: Recipe, key: str) -> list[DataFile]:
             raise recipe.error(key, f"{file} has no ending of a file that can be read: {known}")
     if files:
         return list(files)
-    beside = recipe.path.parent / source.path
-    hint = f"; {beside} exists: paths are relative to the working directory" if beside.exists() else ""
+    hint = recipe.is_elsewhere(source.path)
     is_hub_id = source.path.count("/") <= 1 if has_split else source.path.count("/") == 1 and not path.suffix
     if hint or not is_hub_id or source.path.startswith((".", "/", "~")):
         raise recipe.error(key, f"there is no file {source.path} (working directory: {Path.cwd()}){hint}")
@@ -170,12 +169,14 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number
 
 def _parsed(line: bytes) -> Any:
     try:
-        row = _decoder.decode(line.decode("utf-8"))  # json.loads would take half a surrogate pair of bytes
+        row = _decoder.decode(line.rstrip().decode("utf-8"))  # json.loads would take half a surrogate pair of bytes
     except UnicodeDecodeError as error:
         byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         return FormatError(f"is not UTF-8 ({byte}); if the file is GBK or the like, save it as UTF-8")
     except json.JSONDecodeError as error:
         hint = "; write each row in one line" if line.strip() == b"{" else ""
+        if not hint and error.pos >= len(error.doc):
+            hint = ", the row's end; is its last } or ] missing?"
         return FormatError(f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{hint}")
     except ValueError:
         return FormatError(TOO_MANY_DIGITS)

@@ -33,6 +33,7 @@ class Data:
     """What a run trains and scores on.
 
     train, validation: rows of input_ids and assistant_mask, and seq_lengths where they are packed.
+    splits: which rows of the files each split has chosen.
     test_conversations: ("file:line", its messages and tools) for each row of the test split.
     ledger: what data_ledger.json holds.
     """
@@ -42,6 +43,7 @@ class Data:
     validation: datasets.Dataset | None = None
     test_conversations: list[tuple[str, Conversation]] = field(default_factory=list)
     files: list[TokenFile] = field(default_factory=list)
+    splits: dict[str, Split] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=lambda: Ledger())
 
     @property
@@ -72,7 +74,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
         share = getattr(options, name)
         if isinstance(share, float):
             splits[name] = _hold_out(splits["train"], name, share, recipe)
-    data = Data(encoder, None, files=files, ledger=make_ledger(splits, finds_near_copies(recipe)))
+    data = Data(encoder, None, files=files, splits=splits, ledger=make_ledger(splits, finds_near_copies(recipe)))
     if "test" in splits:
         data.test_conversations = _conversations(splits["test"], recipe)
     if "train" in splits:

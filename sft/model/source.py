@@ -31,6 +31,7 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
         raise recipe.error(key, f"{name} is a file; give the folder that holds {file}")
     looks_local = name.startswith((".", "/", "~", "models/", "output/")) or name.count("/") > 1 or "\\" in name
     fetch = "; fetch it with: python -m sft.fetch" if "smollm2" in name.lower() else ""
+    fetch = recipe.is_elsewhere(name) or fetch
     if looks_local:
         raise recipe.error(key, f"there is no folder {name} (working directory: {Path.cwd()}){fetch}")
     revision, cache = recipe.model_init.get("revision"), recipe.model_init.get("cache_dir")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jinja2.meta
@@ -31,6 +32,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         if type(tokenizer).__name__ == "MistralCommonBackend":  # has neither offsets nor a chat template
             tokenizer = _convert_tekken(source, options)
     except Exception as error:  # whatever the libraries make of files that are not what they should be
+        if Path(source).is_dir() and not any(any(Path(source).glob(name)) for name in ("token*", "vocab*", "*.model")):
+            what = f"the folder {source} holds no tokenizer (tokenizer.json); copy that of the model it was made from"
+            raise recipe.error("model_name_or_path", what) from None
         raise recipe.error("model_name_or_path", f"its tokenizer does not load: {first_line(error)}") from None
     if not tokenizer.encode("a", add_special_tokens=False):  # what transformers makes of a folder without a vocabulary
         raise recipe.error("model_name_or_path", "its tokenizer knows no text; its tokenizer.json is missing")
@@ -68,6 +72,9 @@ def _read_template(recipe: Recipe, name: str) -> str:
             template = file.read(MAX_TEMPLATE + 1)
     except UnicodeDecodeError:
         raise recipe.error("chat.template", f"{name} is not UTF-8; give a .jinja file, saved as UTF-8") from None
+    except FileNotFoundError:
+        what = "a template is given as a file, e.g. templates/mine.jinja; without the key the model's own is used"
+        raise recipe.error("chat.template", f"there is no file {name}; {what}") from None
     except OSError as error:
         raise recipe.error("chat.template", f"{name} cannot be read: {error.strerror}") from None
     if not template.strip():

@@ -164,6 +164,13 @@ class Recipe:
         """
         return RecipeError(f"{self._label(key)}: {message}")
 
+    def is_elsewhere(self, name: str) -> str:
+        """What to say of a path that is not there but is beside the recipe, or in the repository; else nothing."""
+        root = Path(__file__).resolve().parents[2]
+        here = Path.cwd()
+        found = next((folder for folder in (root, self.path.parent.resolve()) if (folder / name).exists()), here)
+        return f"; it is in {found}: run the command from there" if found != here else ""
+
     def _label(self, key: str) -> str:
         """Place and spelling of a key, or, where the file does not hold it, of the section around it.
 

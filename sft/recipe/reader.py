@@ -14,6 +14,7 @@ import yaml
 
 from sft.errors import RecipeError
 from sft.plain_text import SECRET_KEY, SECRET_VALUE
+from sft.recipe.yaml_errors import explain
 
 MAX_BYTES, MAX_VALUES = 256 * 1024, 100_000  # a recipe is far below; a model file or a YAML alias bomb is above
 MAX_SHOWN = 100  # characters of an override in an error
@@ -116,14 +117,9 @@ class Reader:
             node = yaml.compose(text, _CoreSchemaLoader)
             return Item(None, place_of(1), key) if node is None else self._item(node, key, place_of, 1)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            if mark and mark.line >= text.rstrip().count("\n") + 1 and error.context_mark:
-                mark = error.context_mark  # what is open at the end of the file: where it begins
+            mark, found = explain(text, error)
             where = f"{place_of(mark.line + 1)}:{mark.column + 1}" if mark and not key else place_of(1)
-            context = f"{error.context}, " if error.context else ""
-            problem = f"{where}: not YAML: {context}{error.problem}; quote text with special characters"
-            if "'\\t'" in str(error.problem):
-                problem = f"{where}: not YAML: found a tab; indent with spaces"
+            problem = f"{where}: not YAML: {found}"
         except yaml.reader.ReaderError as error:
             where = place_of(text.count("\n", 0, error.position) + 1)
             problem = f"{where}: not YAML: the character U+{error.character:04X} is not allowed; remove it"
@@ -199,7 +195,13 @@ def read_text(path: Path) -> str:
     """
     try:
         if not path.exists():
-            raise RecipeError(f"{path}: no such file; recipes/ holds ready ones")
+            root = Path(__file__).resolve().parents[2]
+            where = (
+                f"it is in {root}: run the command from there"
+                if (root / path).exists()
+                else "recipes/ holds ready ones"
+            )
+            raise RecipeError(f"{path}: no such file; {where}")
         if not path.is_file():
             raise RecipeError(f"{path}: is not a file; give the recipe's YAML file")
         if path.stat().st_size > MAX_BYTES:

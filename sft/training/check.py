@@ -5,6 +5,7 @@ import math
 import shutil
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,15 +100,18 @@ def refuse_unknown_ids(recipe: Recipe, data: Data) -> None:
 
 
 def samples(data: Data, tokenizer: PreTrainedTokenizerBase, count: int = 2) -> list[dict[str, Any]]:
-    """The first examples of each file with their masks, for --check and the report."""
+    """The first examples of each file with their masks, for --check and the report; none of a share held out of it."""
     found = []
-    for file in data.files:
-        lines = file.rows.data.column("line")[: count + 1].to_pylist()
-        for i, row in enumerate(file.rows.select(range(min(count, len(file.rows))))):
-            pieces = mask_pieces(tokenizer, row["input_ids"], row["assistant_mask"])
-            place, number = f"{file.path}:{row['line']}", lines[: i + 1].count(row["line"])
-            of_several = lines.count(row["line"]) > 1
-            found.append({"place": f"{place}, example {number}" if of_several else place, "pieces": pieces})
+    for split in data.splits.values():
+        for file, inside in split.rows.by_file(split.chosen) if split.has_own_files else ():
+            inside = inside[np.diff(inside, prepend=-1) != 0]  # a weight repeats its rows
+            lines = file.rows.data.column("line").to_numpy()[inside[: count + 1]].tolist()
+            for i, row in enumerate(file.rows.select(inside[:count])):
+                pieces = mask_pieces(tokenizer, row["input_ids"], row["assistant_mask"])
+                place, number = f"{file.path}:{row['line']}", lines[: i + 1].count(row["line"])
+                if lines.count(row["line"]) > 1:
+                    place += f", example {number}"
+                found.append({"split": split.name, "place": place, "pieces": pieces})
     return found
 
 

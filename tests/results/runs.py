@@ -69,7 +69,11 @@ def ledger():
         "test_in_train": {"rows": 2, "named": ["data/demo/test.jsonl:3", "data/demo/test.jsonl:8"]},
         "packing": {"train": 140},
         "samples": [
-            {"place": "data/demo/train.jsonl:1", "pieces": [[text, i == 2] for i, text in enumerate(texts)]},
+            {
+                "split": "train",
+                "place": "data/demo/train.jsonl:1",
+                "pieces": [[text, i == 2] for i, text in enumerate(texts)],
+            },
         ],
     }
 
@@ -153,7 +157,7 @@ def write_hostile_run(folder):
         file |= {"path": everything, "format": everything, "notes": {everything: 2}, "dropped": {everything: [1]}}
     for found in (books["duplicates"], books["test_in_train"]):
         found["named"] = list(HOSTILE)
-    books["samples"] = [{"place": text, "pieces": [[text, False], [text, True]]} for text in HOSTILE]
+    books["samples"] = [{"split": "train", "place": text, "pieces": [[text, False], [text, True]]} for text in HOSTILE]
     whole = {"score": 1.0, "low": 0.5, "high": 1.5, "signature": everything}
     table = {"rows": 8, "base": {}, "tuned": {}, "p_value": {}, "no_p_value": {}, "higher_is_better": {}}
     for text in HOSTILE:

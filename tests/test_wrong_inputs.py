@@ -35,7 +35,22 @@ CASES = {
     "lone surrogate": (b'{"conversation": [{"human": "\\ud800", "assistant": "b"}]}\n', [], "surrogate"),
     "a JSON text": (b'"hello"\n', [], "no format fits"),
     "a number": (b"17\n", [], "no format fits"),
-    "no known field": (lines({"question": "a", "answer": "b"}).encode(), [], "the required fields are"),
+    "no known field": (
+        lines({"text": "a", "label": "b"}).encode(),
+        [],
+        "fits the fields text, label; the README shows",
+    ),
+    "other names of fields": (
+        lines({"question": "a", "answer": "b"}).encode(),
+        [],
+        "if it is meant to be human_assistant, set dataset.columns: {question: human, answer: assistant}",
+    ),
+    "other names in a turn": (
+        lines({"conversation": [{"user": "a", "assistant": "b"}]}).encode(),
+        [],
+        "the question of turn 1 (human) is missing; the turn has user, assistant",
+    ),
+    "a row's last brace": (GOOD[:-1].encode() + b"\n", [], "at column 59, the row's end; is its last } or ] missing?"),
     "missing answer": (lines({"conversation": [{"human": "a"}]}).encode(), [], "turn 1 (assistant) is missing"),
     "wrong type": (lines({"conversation": "a"}).encode(), [], "'conversation' is text, not a list"),
     "answer is a number": (lines({"conversation": [{"human": "a", "assistant": 3}]}).encode(), [], "is int, not text"),
@@ -160,6 +175,15 @@ def test_bad_rows_are_all_named_up_to_twenty_then_counted(small_qwen, tmp_path, 
     assert "dataset.on_error: skip" in said[21]
 
 
+def test_a_run_from_another_folder_is_told_where_recipe_model_and_data_are(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("model_name_or_path: ./data\noutput_dir: o\ndataset_path: data/demo/x.jsonl\n")
+    assert run_sft.main(["recipes/smollm2_cpu.yaml"]) == 2
+    assert run_sft.main(["mine.yaml"]) == 2
+    where = f"it is in {ROOT}: run the command from there"
+    assert [where in line for line in capfd.readouterr().err.splitlines()] == [True, True]
+
+
 def test_path_beside_the_recipe_is_pointed_at(small_qwen, tmp_path, capfd, monkeypatch):
     folder = tmp_path / "recipes"
     folder.mkdir()
@@ -170,5 +194,5 @@ def test_path_beside_the_recipe_is_pointed_at(small_qwen, tmp_path, capfd, monke
     monkeypatch.chdir(tmp_path)
     assert run_sft.main(["recipes/recipe.yaml"]) == 2
     said = capfd.readouterr().err
-    assert "recipes/train.jsonl exists: paths are relative to the working directory" in said
+    assert f"; it is in {folder}: run the command from there" in said
     assert said.startswith("error: recipes/recipe.yaml:5: dataset.train")

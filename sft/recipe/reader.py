@@ -117,8 +117,8 @@ class Reader:
             node = yaml.compose(text, _CoreSchemaLoader)
             return Item(None, place_of(1), key) if node is None else self._item(node, key, place_of, 1)
         except yaml.MarkedYAMLError as error:
-            mark, found = explain(text, error)
-            where = f"{place_of(mark.line + 1)}:{mark.column + 1}" if mark and not key else place_of(1)
+            line, column, found = explain(text, error)
+            where = place_of(1) if key else f"{place_of(line)}:{column}"  # of an override there is one place
             problem = f"{where}: not YAML: {found}"
         except yaml.reader.ReaderError as error:
             where = place_of(text.count("\n", 0, error.position) + 1)

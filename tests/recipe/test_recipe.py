@@ -533,7 +533,7 @@ def test_a_secret_is_refused_and_never_repeated(text: str, overrides: list[str])
         (b"", ": is empty; a recipe has at least model_name_or_path, output_dir and dataset_path"),
         (b"# a comment\n", ": is empty; a recipe has at least model_name_or_path, output_dir and dataset_path"),
         (b"- a\n", ": found a list; a recipe is lines of `key: value`"),
-        (b"a: b: c\n", ":1:5: not YAML: mapping values are not allowed here; quote text with special characters"),
+        (b"a: b: c\n", ":1:5: not YAML: a second `: ` in this line; put text that holds one in quotes"),
         (
             b"dataset_path: *.jsonl\n",
             ":1:16: not YAML: while scanning an alias, expected alphabetic or numeric character, but found '.'; "
@@ -544,6 +544,18 @@ def test_a_secret_is_refused_and_never_repeated(text: str, overrides: list[str])
             ":2:1: not YAML: expected a single document in the stream, but found another document; "
             "quote text with special characters",
         ),
+        (b'a: "b\nc: 1\nd: "2"\n', ":1:4: not YAML: this quote is closed in line 3 only; close it where its text ends"),
+        (b"a: 'it's'\n", ":1:8: not YAML: found text after a closing quote; write a quote within quotes twice"),
+        (
+            b"a:\n  b: 1\n   c: 2\n",
+            ":3:5: not YAML: this line is indented deeper than line 2, which has its value already; indent both alike",
+        ),
+        (
+            b"a:\n    b: 1\n  c: 2\n",
+            ":3:3: not YAML: this line is indented like none above it; indent it like the keys beside it",
+        ),
+        (b"a\nb: 1\n", ":1:1: not YAML: no `: ` in this line; write key: value"),
+        (b"a: {b: 1\nc: 2\n", ":1:4: not YAML: this { is never closed; write }, and a comma between two values"),
         (b"a: \x07\n", ":1: not YAML: the character U+0007 is not allowed; remove it"),
         ("a: 模型\n".encode("utf-16"), ": is UTF-16, or not text at all; save it as UTF-8"),
         ("\na: 模型\n".encode("gbk"), ":2: is not UTF-8 (GBK, or another encoding?); save it as UTF-8"),

@@ -13,8 +13,11 @@ from sft.plain_text import PlainFormatter, plain_text
 from sft.recipe import Recipe, load_recipe
 
 
-def train(recipe: Recipe, check: bool) -> int:
-    """The run, told once: data, model, training, adapter and merged model, parity, scores, report."""
+def train(recipe: Recipe, check: bool, steps: int = 0) -> int:
+    """The run, told once: data, model, training, adapter and merged model, parity, scores, report.
+
+    check: all but the training, of which only so many steps are timed.
+    """
     from sft import run, settle
 
     clock = run.Clock()
@@ -25,7 +28,12 @@ def train(recipe: Recipe, check: bool) -> int:
     recipe, packing_why = settle.packing(recipe, tokenizer)
     data = run.prepare_data(recipe, tokenizer, packing_why)
     if check:
-        return run.report_check(recipe, tokenizer, data, meta_model)
+        code = run.report_check(recipe, tokenizer, data, meta_model)
+        if steps:
+            from sft import verbs
+
+            verbs.time_steps(recipe, tokenizer, data, steps)
+        return code
     description = run.describe_run(recipe, data.ledger)
     checkpoint = run.find_checkpoint(recipe, description)
     with run.output(recipe, description, data, meta_model):
@@ -74,12 +82,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set a key of the recipe for this run")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="everything but the training, in seconds")
+    parser.add_argument(
+        "--steps", type=int, default=0, metavar="N", help="with --check: time N real steps, keep nothing"
+    )
     what.add_argument("--score", action="store_true", help="score a run again, or any model or adapter by override")
     what.add_argument("--export", action="store_true", help="write final_model/ of a run again")
     parser.add_argument("--debug", action="store_true", help="log everything")
     options = parser.parse_intermixed_args(arguments)
     if options.recipe is None:
         parser.error("name a recipe, e.g. recipes/smollm2_cpu.yaml (recipes/ holds ready ones)")
+    if options.steps < 0 or (options.steps and not options.check):
+        parser.error("--steps N times N steps with --check, e.g. --check --steps 3")
     with faults.ended_by_the_machine():
         return run_or_tell(options)
 
@@ -99,7 +112,7 @@ def run_or_tell(options: argparse.Namespace) -> int:
 
             code = verbs.score_again(recipe) if options.score else verbs.export_again(recipe)
         else:
-            code = train(recipe, options.check)
+            code = train(recipe, options.check, options.steps)
         processes.part()
         return code
     except UserError as error:

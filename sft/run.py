@@ -40,6 +40,7 @@ from sft.results.parity import prompts_of, prove_parity
 from sft.results.summary import run_summary
 from sft.results.words import merge_line, parity_line
 from sft.training import arguments, check, parallel, resume, trainer
+from sft.training.duration import time_line
 from sft.training.memory import kept_bytes, memory_line
 from sft.training.stop import StopAtSignal
 from sft.training.trainer import CompletionTrainer
@@ -135,6 +136,7 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
     line, fits = memory_line(recipe, meta_model, use_cpu(recipe), data.longest)
     say(line)
     say(_disk_line(recipe, meta_model, data))
+    say(time_line(recipe, data, meta_model, own_loss=use_cpu(recipe) or why_triton_fails() is not None))
     say("the recipe can be run" if fits else "the recipe may not fit; see the memory line")
     return 0
 

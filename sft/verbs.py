@@ -1,9 +1,16 @@
-"""What can be done again with a run's folder: --score and --export."""
+"""What can be done besides a run: --score and --export, again with its folder, and --check --steps before it."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from sft import processes, settle
-from sft.data.splits import prepare
+from sft.data.splits import Data, prepare
 from sft.faults import memory_advice
-from sft.model.machine import check_machine
+from sft.model.lora import add_lora
+from sft.model.machine import check_machine, peak_memory_bytes
 from sft.model.tokenizer import load_tokenizer
 from sft.processes import say
 from sft.recipe import Recipe
@@ -12,7 +19,10 @@ from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.run_folder import read_file
 from sft.results.scores import Scores
 from sft.results.summary import run_summary
-from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, merge, sole_writer
+from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, load_for_training, merge, sole_writer
+from sft.training import arguments
+from sft.training.duration import StepClock, spelled
+from sft.training.trainer import make_trainer
 
 
 def score_again(recipe: Recipe) -> int:
@@ -66,3 +76,21 @@ def export_again(recipe: Recipe) -> int:
         check_parity(recipe, description, data)
         page.write_report(recipe.output_dir)
     return 0
+
+
+def time_steps(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, count: int) -> None:
+    """--check --steps: the run's first steps, in a folder that is removed, and what they say of the whole."""
+    total, args = arguments.steps(recipe, data), recipe.training_args
+    with tempfile.TemporaryDirectory() as folder:
+        off = {"max_steps": count, "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False}
+        off |= {"load_best_model_at_end": False, "report_to": "none", "logging_steps": 1}
+        short = dataclasses.replace(recipe, output_dir=Path(folder), training_args={**args, **off})
+        clock = StepClock()
+        model = add_lora(load_for_training(short), short)
+        make_trainer(short, model, tokenizer, data, [clock]).train()
+    first, *others = clock.seconds
+    each = sum(others) / len(others) if others else first
+    say(
+        f"a step takes {each:.2g} s (the first {first:.2g} s): {spelled(each * total)} for {total:,} steps, without "
+        f"validation and scores; the process held {peak_memory_bytes() / 1e9:.1f} GB at its peak"
+    )

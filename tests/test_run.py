@@ -380,7 +380,7 @@ def test_check_shows_masks_stop_token_and_memory_and_writes_nothing(tiny_qwen, t
     assert f"<|im_start|>assistant\n[[{answer}" in said
     assert "Keep your lamp lit.<|im_end|>]]" in said
     assert "stop token <|im_end|> (151645): trained on in each of 285 answers" in said
-    assert "memory: about" in said and "disk: about" in said
+    assert "memory: about" in said and "disk: about" in said and "time: " in said
     assert not (tmp_path / "out").exists()
 
 

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from sft import processes
@@ -53,15 +54,17 @@ AttentionMaskInterface.register(CAUSAL, lambda **_: None)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive among those made while it is open, and their peak."""
+    """Counts the bytes of the storages that are alive among those made while it is open, and their peak; and FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
@@ -93,7 +96,7 @@ def estimate_memory(recipe: Recipe, model: PreTrainedModel, own_loss: bool) -> d
     parts = kept_bytes(recipe, model)
     if processes.count() > 1 and sharding(recipe) is None:
         parts["DDP buckets"] = parts["gradients"]
-    step = _step_bytes(recipe, _as_trained(recipe, model), own_loss) - parts["gradients"]
+    step = _step(recipe, _as_trained(recipe, model), own_loss).peak - parts["gradients"]
     parts["activations and logits"] = step + _mask_bytes(recipe, model) + _unpacked_bytes(recipe, model)
     return parts
 
@@ -188,8 +191,14 @@ def _keep(model: Any, count: int) -> dict[str, Any]:
     return {"logits_to_keep": torch.arange(count)} if takes_logits_to_keep(model) else {}
 
 
-def _step_bytes(recipe: Recipe, model: Any, own_loss: bool) -> int:
-    """Forward and backward of a batch: the peak of what is made beside the weights, gradients included."""
+def batch_flops(recipe: Recipe, model: PreTrainedModel, own_loss: bool) -> tuple[int, int]:
+    """Floating-point operations of forward and backward for a batch as in `estimate_memory`, and its tokens."""
+    rows = int(recipe.training_args.get("per_device_train_batch_size", 8))
+    return _step(recipe, _as_trained(recipe, model), own_loss).flops, rows * recipe.dataset.max_length
+
+
+def _step(recipe: Recipe, model: Any, own_loss: bool) -> LiveBytes:
+    """Forward and backward of a batch: the peak of what is made beside the weights, gradients included; FLOPs."""
     args, autocast = recipe.training_args, autocast_dtype(recipe)
     rows, length = int(args.get("per_device_train_batch_size", 8)), recipe.dataset.max_length
     if recipe.dataset.packing:
@@ -211,7 +220,7 @@ def _step_bytes(recipe: Recipe, model: Any, own_loss: bool) -> int:
             torch.empty(_fused_loss_bytes(model, rows * length // 2, autocast), dtype=torch.uint8)
         del logits
         loss.backward()
-        return memory.peak
+        return memory
 
 
 def _fused_loss_bytes(model: Any, labels: int, autocast: torch.dtype | None) -> int:

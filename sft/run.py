@@ -38,7 +38,7 @@ from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_di
 from sft.results.export import describe_run
 from sft.results.parity import prompts_of, prove_parity
 from sft.results.summary import run_summary
-from sft.results.words import merge_line, parity_line
+from sft.results.words import parity_line, short_merge_line
 from sft.training import arguments, check, parallel, resume, trainer
 from sft.training.duration import time_line
 from sft.training.memory import kept_bytes, memory_line
@@ -312,7 +312,7 @@ def merge(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, descri
     """
     prompts = [prompt.ids for prompt in islice(prompts_of(data.encoder, _shown(recipe, data)), CERTIFIED_PROMPTS)]
     description["merge"] = export.save_merged_model(recipe, tokenizer, data.encoder.stop_ids, prompts)
-    say(f"saved {recipe.output_dir / 'final_model'}\n{merge_line(description['merge'])}")
+    say(f"saved {recipe.output_dir / 'final_model'}: {short_merge_line(description['merge'])}")
 
 
 def _shown(recipe: Recipe, data: Data) -> Sequence[tuple[str, Conversation]]:

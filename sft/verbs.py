@@ -18,7 +18,7 @@ from sft.results import page
 from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.run_folder import read_file
 from sft.results.scores import Scores
-from sft.results.summary import run_summary
+from sft.results.summary import run_summary, score_lines
 from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, load_for_training, merge, sole_writer
 from sft.training import arguments
 from sft.training.duration import StepClock, spelled
@@ -50,10 +50,7 @@ def _tell(recipe: Recipe, scores: Scores) -> None:
         page.write_report(recipe.output_dir)
         say(run_summary(recipe.output_dir))
     else:  # no run, so no page of it
-        for model_name, entries in (("base", scores.get("base", {})), ("tuned", scores.get("tuned", {}))):
-            for name, entry in entries.items():
-                shown = entry.get("reason") or round(entry["score"] or 0.0, 2)
-                say(f"{f'{model_name} {name}':<24}{shown}")
+        say("\n".join(score_lines(scores)))
 
 
 def export_again(recipe: Recipe) -> int:

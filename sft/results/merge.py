@@ -32,6 +32,7 @@ from sft.model.load import load_config, load_on_meta
 from sft.model.lora import load_adapter
 from sft.model.source import find_model, first_line, local_or_hub
 from sft.recipe import Recipe
+from sft.terminal import bar
 
 Tensors = Iterator[tuple[str, torch.Tensor]]  # (name, tensor)
 TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}  # what safetensors calls torch's dtypes
@@ -156,10 +157,12 @@ class ShardMerger:
 
         Raises: ModelError: a merged weight is no number. OSError: they cannot be written.
         """
-        with give_freed_memory_back():
-            self._write(folder, renamed)
+        with give_freed_memory_back(), bar("merging", len(self._tensors)) as advance:
+            self._write(folder, renamed, advance)
 
-    def _write(self, folder: Path, renamed: Callable[[str, torch.Tensor], Tensors]) -> None:
+    def _write(
+        self, folder: Path, renamed: Callable[[str, torch.Tensor], Tensors], advance: Callable[[int], None]
+    ) -> None:
         self._find_untied()
         files = [file for file in self._files if any(tensor.file is file for tensor in self._tensors)]
         weight_map: dict[str, str] = {}
@@ -169,6 +172,7 @@ class ShardMerger:
             layout = {new: tensor for old, empty, _ in outputs for new, tensor in renamed(old, empty)}
             _save(folder / name, layout, (tensor for old, _, make in outputs for _, tensor in renamed(old, make())))
             weight_map |= dict.fromkeys(layout, name)
+            advance(len(outputs))
         if len(files) > 1:
             size = sum(tensor.nbytes for file in files for _, tensor, _ in self._outputs(file))
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}

@@ -12,7 +12,7 @@ from sft.results.curves import curves_of
 from sft.results.replies import GROUPS, Reply, choose_replies, first_of_each_group
 from sft.results.run_folder import read_run
 from sft.results.scores import Scores
-from sft.results.words import JOINERS, merge_line, message_text, number, plain, score_table, scored_model, story
+from sft.results.words import JOINERS, message_text, number, plain, score_table, scored_model, story
 
 COLUMNS = 80  # of the terminal
 
@@ -21,10 +21,8 @@ def run_summary(output_dir: Path) -> str:
     """The run in a screenful of at most 80 columns. Raises: UserError: output_dir is no folder of a run."""
     run = read_run(output_dir)
     parts = [textwrap.fill(_fit(story(run), 8 * COLUMNS).rstrip(), COLUMNS), "\n".join(_loss_lines(run.log))]
-    if merge := run.config.get("merge"):
-        parts.append(textwrap.fill(merge_line(merge), COLUMNS))
     if run.scores:
-        parts.append("\n".join(_score_lines(run.scores)))
+        parts.append("\n".join(score_lines(run.scores)))
     parts += ["\n".join(_reply_lines(reply)) for reply in first_of_each_group(choose_replies(run))]
     names = ("report.html", "loss.png", "lora_adapter", "final_model", "scores.json", "predictions.jsonl")
     found = [name + "/" * (output_dir / name).is_dir() for name in names if (output_dir / name).exists()]
@@ -45,7 +43,8 @@ def _loss_lines(log: list[dict[str, Any]]) -> Iterator[str]:
             yield f"  {name:<14}{number(values[0]):>12}{number(values[-1]):>12}"
 
 
-def _score_lines(scores: Scores) -> Iterator[str]:
+def score_lines(scores: Scores) -> Iterator[str]:
+    """The table of scores, with what is the same for several of them said once."""
     rows = f"{scores.get('rows', 0):,} answers"
     yield f"{'score':<16}{'before':>12}{'after':>12}  {rows}"
     table = score_table(scores)
@@ -53,7 +52,9 @@ def _score_lines(scores: Scores) -> Iterator[str]:
     shared = {verdict for verdict in verdicts if verdicts.count(verdict) > 1 and len(verdict) > COLUMNS // 2}
     for row in table:
         before, after = (side[0] if side else "-" for side in (row.before, row.after))
-        verdict = "" if row.verdict in shared else _fit(row.verdict, 2 * COLUMNS).rstrip()
+        alone = (row.before or row.after or ("", ""))[1] if not (row.before and row.after) else ""
+        verdict = f"95 %: {alone}" if alone else row.verdict
+        verdict = "" if verdict in shared else _fit(verdict, 2 * COLUMNS).rstrip()
         line = f"  {_fit(row.name, 14)}{before:>12}{after:>12}  {verdict}".rstrip()
         yield textwrap.fill(line, COLUMNS, subsequent_indent=" " * 42)
     for verdict in sorted(shared):  # what is the same for several scores is said once

@@ -155,6 +155,16 @@ def parity_line(parity: dict[str, Any]) -> str:
     return f"{words}; it stops at {', '.join(f'{token} ({id})' for token, id in parity['stops'].items())}"
 
 
+def short_merge_line(certificate: dict[str, Any]) -> str:
+    """The same in a line for the terminal."""
+    if reason := certificate.get("not_checked"):
+        return f"not compared with base and adapter; {reason}"
+    if "merge_error" not in certificate:
+        return f"not judged against base and adapter, since {certificate['not_judged']}"
+    greedy, tokens = certificate["export"]["greedy"], certificate["positions"]
+    return f"it is base and adapter: in {certificate['dtype']} {greedy:.1%} of {tokens:,} greedy tokens agree"
+
+
 def merge_line(certificate: dict[str, Any]) -> str:
     """How far final_model/ is from base and adapter, in words.
 

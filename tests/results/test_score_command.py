@@ -69,7 +69,7 @@ def test_score_of_a_folder_without_a_run_scores_the_model_alone_and_any_file(fol
     output = tmp_path / "nothing"
     assert run_sft.main(score_command(folders, output, f"dataset.test={folders}/short.jsonl")) == 0
     printed = capfd.readouterr().out
-    assert "holds no run: scoring" in printed and "base chrf" in printed
+    assert "holds no run: scoring" in printed and "  chrf  " in printed and "  95 %: " in printed
     assert [row["reference"] for row in predictions(output)] == ["Fair and dry."] * 3
     assert answers_in(output, "tuned") == [None] * 3
     scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ def test_a_matrix_product_has_a_rate():
 
 
 def test_check_with_steps_times_them_and_leaves_nothing(tiny_qwen, tmp_path, capfd):
-    rows = ['{"human": "%d", "assistant": "two"}\n' % number for number in range(10)]
+    rows = [f'{{"human": "{number}", "assistant": "two"}}\n' for number in range(10)]
     (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

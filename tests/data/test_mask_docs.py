@@ -1,4 +1,4 @@
-"""docs/reasoning.md shows what --check prints. After a change: python -m tests.data.test_reasoning_docs"""
+"""docs/mask.md and docs/reasoning.md show what --check prints. After a change: python -m tests.data.test_mask_docs"""
 
 import copy
 import json
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import pytest
 
 from sft.data.splits import prepare
 from sft.errors import DataError
@@ -15,8 +16,10 @@ from sft.recipe import load_recipe
 from sft.training.check import render_pieces, samples
 from tests.families import FAMILIES, build
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reasoning.md"
-BLOCK = re.compile(r"(<!-- check(?P<oss> of gpt-oss)?: (?P<settings>.*?) -->\n```text\n)(.*?)(?=```)", re.DOTALL)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "reasoning.md"
+PAGES = [DOCS / "mask.md", PAGE]
+BLOCK = re.compile(r"(<!-- check(?: of (?P<family>\w+))?: (?P<settings>.*?) -->\n```text\n)(.*?)(?=```)", re.DOTALL)
 DAY = ["chat.date=2026-11-25"]
 
 
@@ -41,28 +44,28 @@ def page_text(text):
     """The page with its blocks as they are now."""
     row = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     plain = copy.deepcopy(row)
-    del plain["messages"][1]["reasoning_content"]
+    plain["messages"][1].pop("reasoning_content", None)
 
     def block(match):
         settings, without, _ = match["settings"].partition(" without reasoning")
         overrides = re.findall(r"\S+?=(?:\{.*?\}|\S+)", settings)
         said = plain if without else row
         with tempfile.TemporaryDirectory() as folder:
-            if match["oss"]:
-                return match[1] + shown(overrides + DAY, said, Path(folder), "gptoss")
-            return match[1] + shown(overrides, said, Path(folder))
+            return match[1] + shown(overrides + DAY, said, Path(folder), match["family"] or "qwen3")
 
     return BLOCK.sub(block, text)
 
 
-def test_page_shows_what_check_prints():
-    text = PAGE.read_text(encoding="utf-8")
-    assert page_text(text) == text, "run python -m tests.data.test_reasoning_docs, and read what changed"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_shows_what_check_prints(page):
+    text = page.read_text(encoding="utf-8")
+    assert BLOCK.search(text)
+    assert page_text(text) == text, "run python -m tests.data.test_mask_docs, and read what changed"
 
 
 def test_page_shows_every_setting():
     found = BLOCK.finditer(PAGE.read_text(encoding="utf-8"))
-    shown_settings = {(match["settings"], bool(match["oss"])) for match in found}
+    shown_settings = {(match["settings"], match["family"] == "gptoss") for match in found}
     for oss in (False, True):
         for examples in ("whole", "each_answer"):
             for loss_on in ("all_turns", "last_turn", "after_thinking"):
@@ -82,4 +85,5 @@ def test_auto_is_each_answer_for_the_dialogue_of_the_page(tmp_path):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
-        PAGE.write_text(page_text(PAGE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+        for each in PAGES:
+            each.write_text(page_text(each.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

@@ -38,7 +38,7 @@ CASES = {
     "no known field": (
         lines({"text": "a", "label": "b"}).encode(),
         [],
-        "fits the fields text, label; the README shows",
+        "fits the fields text, label; docs/formats.md shows",
     ),
     "other names of fields": (
         lines({"question": "a", "answer": "b"}).encode(),

@@ -74,7 +74,7 @@ def _no_format(row: Any, formats: dict[str, Format]) -> str:
         _, columns, fmt = min(renamings, key=lambda renaming: renaming[0])
         hint = f"if it is meant to be {fmt.name}, set dataset.columns: {{{columns}}}"
     else:
-        hint = f"the README shows a row of each: {', '.join(formats)}"
+        hint = f"docs/formats.md shows a row of each: {', '.join(formats)}"
     return f"no format fits the fields {some(row)}; {hint}"
 
 

@@ -3,7 +3,7 @@
 Every other room may import from here; this one imports no other, and no torch, so that a wrong recipe answers at once.
 In the order of their imports: reader.py (YAML -> items that know their place), keys.py (the keys, one dataclass a
 section), schema.py (what is wrong with a key or value), layouts.py (flat and nested), rules.py (what does not go
-together), load.py. `python -m sft.recipe.generate` writes schema.json and the README's list of keys.
+together), load.py. `python -m sft.recipe.generate` writes schema.json and docs/recipe.md.
 """
 
 from sft.recipe.keys import ChatOptions, DatasetOptions, EvaluationOptions, ExportOptions, Recipe, Source

@@ -2,8 +2,8 @@
 
     python -m sft.recipe.generate
 
-schema.json, by which recipes are checked, and the list of keys in README.md, between its marks. Run it after a change
-of a key, and when a pin moves (then read what changed); a test holds both files to what it would write.
+schema.json, by which recipes are checked, and the list of keys in docs/recipe.md, between its marks. Run it after a
+change of a key, and when a pin moves (then read what changed); a test holds both files to what it would write.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from sft.recipe.class_schema import annotation_schema, full_schema, our_keys
 from sft.recipe.keys import Recipe, Source, Sources
 from sft.recipe.schema import ROOT, SCHEMA_FILE
 
-README = ROOT / "README.md"
+KEYS_PAGE = ROOT / "docs" / "recipe.md"
 BEGIN, END = "<!-- keys:begin -->\n", "<!-- keys:end -->\n"
 COMMENT_COLUMN = 36
 
@@ -36,12 +36,12 @@ def pretty(value: Any, indent: str = "") -> str:
     return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
 
 
-def readme_text(text: str) -> str:
-    """The README `text` with the list of keys as it is now."""
+def page_text(text: str) -> str:
+    """The page's `text` with the list of keys as it is now."""
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"README.md: there is no {BEGIN.strip()} with {END.strip()} after it")
+        raise ValueError(f"docs/recipe.md: there is no {BEGIN.strip()} with {END.strip()} after it")
     return f"{before}{BEGIN}```yaml\n{keys_yaml()}```\n{END}{after}"
 
 
@@ -84,4 +84,4 @@ def _comment(field: "dataclasses.Field[Any]", annotation: Any) -> str:
 
 if __name__ == "__main__":
     SCHEMA_FILE.write_text(schema_text(), encoding="utf-8", newline="\n")
-    README.write_text(readme_text(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+    KEYS_PAGE.write_text(page_text(KEYS_PAGE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

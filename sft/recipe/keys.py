@@ -1,7 +1,7 @@
 """What a recipe holds: one dataclass for each section of ours, one `Recipe` for the whole.
 
 A key of ours is written here and nowhere else. Its `option` says default, description and range; from these
-`python -m sft.recipe.generate` writes schema.json (what a YAML file is checked by) and the README's list of keys.
+`python -m sft.recipe.generate` writes schema.json (what a YAML file is checked by) and the keys in docs/recipe.md.
 The keys of a library's section are those of its class, which `option(library=...)` names.
 """
 
@@ -20,11 +20,11 @@ def option(default: Any = dataclasses.MISSING, description: str = "", *, library
 
     Args:
         default: absent: the key is required.
-        description: follows "give ..." in an error and stands as comment in the README; the choices of a Literal are
-            put before it there. None as default: it says what null means.
+        description: follows "give ..." in an error and stands as comment in docs/recipe.md; the choices of a Literal
+            are put before it there. None as default: it says what null means.
         library: the class or function that takes the whole section as keyword arguments, e.g. trl.SFTConfig.
         schema: JSON Schema keywords that the annotation cannot say, e.g. minimum=1. Of `examples` the first is shown
-            in the README in place of the default.
+            there in place of the default.
     """
     metadata = {"description": description, "library": library, "schema": schema}
     if isinstance(default, dict):

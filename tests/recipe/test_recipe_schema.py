@@ -1,4 +1,4 @@
-"""schema.json and the README's list of keys say what the dataclasses and the pinned libraries take."""
+"""schema.json and docs/recipe.md say what the dataclasses and the pinned libraries take."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import sft.recipe.generate
 import sft.recipe.schema
 from sft.recipe import Recipe, load_recipe
 from sft.recipe.class_schema import LIBRARY_KEYS, our_schema
-from sft.recipe.generate import BEGIN, END, README, keys_yaml, readme_text, schema_text
+from sft.recipe.generate import BEGIN, END, KEYS_PAGE, keys_yaml, page_text, schema_text
 from sft.recipe.keys import Source, option
 from sft.recipe.schema import SCHEMA_FILE
 
@@ -26,9 +26,9 @@ def test_the_file_is_what_the_pinned_classes_give() -> None:
     assert schema_text() == SCHEMA_FILE.read_text(encoding="utf-8"), "run `python -m sft.recipe.generate`"
 
 
-def test_the_readme_lists_the_keys_of_the_dataclasses() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert readme_text(text) == text, "run `python -m sft.recipe.generate`"
+def test_the_page_lists_the_keys_of_the_dataclasses() -> None:
+    text = KEYS_PAGE.read_text(encoding="utf-8")
+    assert page_text(text) == text, "run `python -m sft.recipe.generate`"
     assert max(map(len, keys_yaml().splitlines())) <= 120
 
 
@@ -59,7 +59,7 @@ def test_a_key_is_added_in_its_dataclass_only(monkeypatch) -> None:
         },
     }
     monkeypatch.setattr(sft.recipe.generate, "Recipe", Options)
-    assert readme_text(f"before\n{BEGIN}old\n{END}after\n") == (
+    assert page_text(f"before\n{BEGIN}old\n{END}after\n") == (
         "before\n"
         "<!-- keys:begin -->\n"
         "```yaml\n"
@@ -73,7 +73,7 @@ def test_a_key_is_added_in_its_dataclass_only(monkeypatch) -> None:
 
 def test_a_readme_without_its_marks_is_not_rewritten() -> None:
     with pytest.raises(ValueError, match="there is no <!-- keys:begin --> with <!-- keys:end --> after it"):
-        readme_text(f"{END}{BEGIN}")
+        page_text(f"{END}{BEGIN}")
 
 
 def test_every_key_of_ours_says_what_it_is() -> None:

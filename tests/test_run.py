@@ -1,18 +1,14 @@
 """Whole runs through run_sft.py on a tiny random model with the real Qwen2.5 tokenizer."""
 
-import codecs
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -227,34 +223,6 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, t
     assert digest(tmp_path / "stopped/lora_adapter") == digest(tmp_path / "straight/lora_adapter")
 
 
-class Terminal:
-    """A pseudo-terminal of 80 columns. text: what came out of it so far."""
-
-    def __init__(self):
-        import fcntl
-        import pty
-        import termios
-
-        self.text = ""
-        self._inside, self.outside = pty.openpty()
-        fcntl.ioctl(self.outside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self):
-        decode = codecs.getincrementaldecoder("utf-8")().decode
-        with contextlib.suppress(OSError):  # Linux' word for its end
-            while some := os.read(self._inside, 4096):
-                self.text += decode(some)
-
-    def shown(self):
-        """Its lines, redrawn ones too, without colours and movements of the cursor. Nothing more can be written."""
-        os.close(self.outside)
-        self._reader.join(10)
-        text = re.sub(r"\x1b\[[0-9;?]*[mlh]", "", self.text)
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", text).splitlines()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo-terminals")
 def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path, capfd):
     """Begun at a terminal, where it shows one live line; ended in a pipe, where it shows plain ones."""
@@ -262,6 +230,8 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path
     arguments = command(
         recipe, tmp_path / "out", tiny_qwen, *LORA, "training_args.max_steps=12", "training_args.save_steps=2"
     )
+    from tests.terminals import Terminal  # which Windows has none of
+
     terminal = Terminal()
     process = run_process(arguments, tmp_path / "cache", stdout=terminal.outside)
     until = time.monotonic() + 300

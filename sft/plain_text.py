@@ -32,3 +32,18 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return plain_text(super().format(record))
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.42), duration(59.7), duration(130), duration(7322), duration(200_000)
+    ('0.4 s', '1 min', '2 min 10 s', '2 h 2 min', '2 d 7 h')
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    parts, left = [], round(seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        parts.append((count, unit))
+    first = next(i for i, (count, _) in enumerate(parts) if count)
+    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count)

@@ -12,6 +12,7 @@ from sft.faults import memory_advice
 from sft.model.lora import add_lora
 from sft.model.machine import check_machine, peak_memory_bytes
 from sft.model.tokenizer import load_tokenizer
+from sft.plain_text import duration
 from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import page
@@ -21,7 +22,7 @@ from sft.results.scores import Scores
 from sft.results.summary import run_summary, score_lines
 from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, load_for_training, merge, sole_writer
 from sft.training import arguments
-from sft.training.duration import StepClock, spelled
+from sft.training.duration import StepClock
 from sft.training.trainer import make_trainer
 
 
@@ -88,6 +89,6 @@ def time_steps(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, c
     first, *others = clock.seconds
     each = sum(others) / len(others) if others else first
     say(
-        f"a step takes {each:.2g} s (the first {first:.2g} s): {spelled(each * total)} for {total:,} steps, without "
+        f"a step takes {each:.2g} s (the first {first:.2g} s): {duration(each * total)} for {total:,} steps, without "
         f"validation and scores; the process held {peak_memory_bytes() / 1e9:.1f} GB at its peak"
     )

@@ -10,6 +10,7 @@ import jinja2
 import yaml
 
 from sft.files import write_bytes, write_text
+from sft.results.advice import advice
 from sft.results.curves import loss_png, plots
 from sft.results.replies import GROUPS, choose_replies
 from sft.results.run_folder import read_run
@@ -39,6 +40,7 @@ def write_report(output_dir: Path) -> Path:
         run=run,
         name=output_dir.resolve().name,
         story=story(run),
+        advice=advice(run, rows),
         headline=headline(run.scores, rows) if run.scores else None,
         score_table=rows,
         scored_model=scored_model(run.scores) if run.scores else "",

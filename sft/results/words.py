@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from sft.plain_text import duration
 from sft.results.run_folder import Run
 from sft.results.scores import ScoreEntry, Scores
 
@@ -56,17 +57,6 @@ def message_text(message: dict[str, Any]) -> str:
     others = {key: value for key, value in message.items() if key not in ("role", "content")}
     parts = [content] if isinstance(content, str) else [] if content is None else [json.dumps(content)]
     return "\n".join(parts + ([json.dumps(others, ensure_ascii=False)] if others else []))
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(0.42), duration(130), duration(7322)
-    ('0.4 s', '2 min 10 s', '2 h 2 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds) // 60
-    return f"{minutes} min {round(seconds) % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def number(value: float) -> str:

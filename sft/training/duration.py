@@ -11,6 +11,7 @@ from sft import processes
 from sft.data.splits import Data
 from sft.model.machine import autocast_dtype, local_device
 from sft.model.source import first_line
+from sft.plain_text import duration
 from sft.recipe import Recipe
 from sft.training.arguments import steps
 from sft.training.memory import batch_flops
@@ -39,7 +40,7 @@ def time_line(recipe: Recipe, data: Data, model: PreTrainedModel, own_loss: bool
         return f"time: not known without steps ({first_line(error)}); --check --steps 3 times real ones"
     rate = matmul_rate(local_device(recipe), autocast_dtype(recipe) or model.dtype) * processes.count()
     seconds = run_tokens(recipe, data) * flops / of_tokens / rate
-    fast, slow = (spelled(seconds / share) for share in reversed(SHARES))
+    fast, slow = (duration(seconds / share) for share in reversed(SHARES))
     return (
         f"time: {fast} to {slow} of training for {steps(recipe, data):,} steps, if {SHARES[1]:.0%} to {SHARES[0]:.0%} "
         f"is reached of the {rate / 1e12:.2g} TFLOP/s of a matrix product; --check --steps 3 times real steps"
@@ -72,16 +73,3 @@ class StepClock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._begun)
-
-
-def spelled(seconds: float) -> str:
-    """
-    >>> spelled(0.4), spelled(95), spelled(5400), spelled(200_000)
-    ('1 s', '1 min 35 s', '1 h 30 min', '2 d 7 h')
-    """
-    parts: list[str] = []
-    left = max(1, round(seconds))
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        parts += [f"{count} {unit}"] if count or parts else []
-    return " ".join([part for part in parts if not part.startswith("0 ")][:2])

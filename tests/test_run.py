@@ -255,6 +255,19 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path
     assert json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 12
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_stream_goes_on_where_it_was(tiny_qwen, tmp_path, packing):
+    stream = ["dataset.streaming=true", f"dataset.packing={packing}", "dataset.test=null", "export.merge=false"]
+    steps = ["training_args.max_steps=6", "training_args.save_steps=4", "training_args.eval_strategy=no"]
+    arguments = command(ROOT / "recipes/qwen_qlora.yaml", tmp_path / "out", tiny_qwen, *LORA, *stream, *steps)
+    assert run_sft.main(arguments) == 0
+    whole = digest(tmp_path / "out/lora_adapter"), losses(tmp_path / "out")
+    for left in ("lora_adapter", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "out" / left)
+    assert run_sft.main(arguments) == 0
+    assert (digest(tmp_path / "out/lora_adapter"), losses(tmp_path / "out")) == whole
+
+
 def test_same_recipe_data_and_seed_give_the_same_adapter(tiny_qwen, tmp_path):
     made = []
     for name in ("one", "two"):

@@ -16,7 +16,7 @@ from sft.data.bad_rows import refuse_losses, refuse_problems
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation
 from sft.data.ledger import Ledger, make_ledger
-from sft.data.packing import pack
+from sft.data.packing import pack, pack_stream
 from sft.data.row_formats import RowReader
 from sft.data.rows import DataFile, expand, read_rows
 from sft.data.token_cache import TokenFile, finds_near_copies, refuse_changed, tokenise_file
@@ -207,13 +207,20 @@ def _stream(recipe: Recipe, encoder: ChatEncoder) -> datasets.IterableDataset:
         raise recipe.error("dataset.train", "a stream has no weights; take them out, or set dataset.streaming: false")
 
     chosen = {"files": tuple(files), "encoder": encoder, "recipe": recipe}  # of a list datasets would make shards
-    return datasets.IterableDataset.from_generator(_streamed_rows, gen_kwargs=chosen)
+    return datasets.IterableDataset.from_generator(_stream_as_trained, gen_kwargs=chosen)
+
+
+def _stream_as_trained(
+    files: tuple[tuple[Source, DataFile], ...], encoder: ChatEncoder, recipe: Recipe
+) -> Iterator[dict[str, Any]]:
+    """A function of the module, so that worker processes can be given it."""
+    rows = _streamed_rows(files, encoder, recipe)
+    return pack_stream(rows, recipe.dataset.max_length, recipe.seed) if recipe.dataset.packing else rows
 
 
 def _streamed_rows(
     files: tuple[tuple[Source, DataFile], ...], encoder: ChatEncoder, recipe: Recipe
 ) -> Iterator[dict[str, Any]]:
-    """A function of the module, so that worker processes can be given it."""
     given = 0
     for source, file in files:
         tokeniser = FileTokeniser(encoder, recipe, source.format)

@@ -73,7 +73,7 @@ class DatasetOptions:
     near_duplicates: Literal["report", "off"] = option("report", "test rows that nearly repeat a training row")
     cache_gb: float = option(20, "tokenised files kept on disk, those used last; see python -m sft.cache", minimum=0)
     num_proc: int | None = option(None, "threads that tokenise; null: one a core", minimum=1)
-    streaming: bool = option(False, "tokenise while training; needs training_args.max_steps; not packed")
+    streaming: bool = option(False, "tokenise while training; needs training_args.max_steps")
 
 
 @dataclass(frozen=True)

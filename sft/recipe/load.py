@@ -59,8 +59,6 @@ def _to_recipe(path: Path, top: Item) -> Recipe:
     dataset = values["dataset"]
     for split in _splits() & dataset.keys():
         dataset[split] = _sources(dataset[split], dataset.get("format", "auto"))
-    if dataset.get("streaming") and dataset.get("packing", "auto") == "auto":
-        dataset["packing"] = False
     generation = values.get("evaluation", {}).get("generation", {})
     values.setdefault("evaluation", {})["generation"] = EvaluationOptions().generation | generation
     values["quantization_config"] = _quantization_config(values.get("quantization_config"))

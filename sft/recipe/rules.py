@@ -116,8 +116,6 @@ def _splits(recipe: Recipe) -> Iterator[Problem]:
     if dataset.streaming:
         if recipe.training_args.get("max_steps", -1) < 1:
             yield "dataset.streaming", "a stream has no known length; set training_args.max_steps"
-        if dataset.packing:
-            yield "dataset.streaming", "a stream is not packed; set dataset.packing: auto or false"
         for name in shares:
             yield f"dataset.{name}", "a share cannot be held out of a stream; give a file"
 

@@ -16,6 +16,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sft.files
 from sft.data import cache, splits, token_cache, tokens
@@ -669,11 +671,30 @@ def test_packed_rows_are_not_copied(run):
 
 
 def test_best_fit_is_worked_by_hand():
-    assert best_fit([3, 5, 2, 4], capacity=7) == [[1, 2], [3, 0]]
-    assert best_fit([4, 4, 4], capacity=4) == [[0], [1], [2]]
-    assert best_fit([6, 5, 3, 2], capacity=8) == [[0, 3], [1, 2]]
-    assert best_fit([5, 6, 2], capacity=8) == [[1, 2], [0]]  # the fuller one, 6, takes the 2
-    assert best_fit([9, 8, 6, 2], capacity=10) == [[0], [1, 3], [2]]  # 8 takes it, though 6 has more room
+    def bins(lengths, capacity):
+        return best_fit(np.array(lengths), capacity).to_pylist()
+
+    assert bins([3, 5, 2, 4], capacity=7) == [[1, 2], [3, 0]]
+    assert bins([4, 4, 4], capacity=4) == [[0], [1], [2]]
+    assert bins([6, 5, 3, 2], capacity=8) == [[0, 3], [1, 2]]
+    assert bins([5, 6, 2], capacity=8) == [[1, 2], [0]]  # the fuller one, 6, takes the 2
+    assert bins([9, 8, 6, 2], capacity=10) == [[0], [1, 3], [2]]  # 8 takes it, though 6 has more room
+    assert bins([2, 2, 2, 2, 2], capacity=5) == [[0, 1], [2, 3], [4]]  # two to a row at once
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 40))
+def test_best_fit_places_each_row_in_the_bin_that_it_fills_most_the_longest_rows_first(lengths, capacity):
+    bins, left, changed = [], [], []
+    for now, row in enumerate(sorted(range(len(lengths)), key=lambda row: -lengths[row]), start=1):
+        fits = [each for each in range(len(bins)) if left[each] >= lengths[row]]
+        if not fits:
+            fits = [len(bins)]
+            bins, left, changed = [*bins, []], [*left, capacity], [*changed, 0]
+        chosen = min(fits, key=lambda each: (left[each], -changed[each]))  # of equal ones that which changed last
+        bins[chosen].append(row)
+        left[chosen] -= lengths[row]
+        changed[chosen] = now
+    assert best_fit(np.array(lengths), capacity).to_pylist() == bins
 
 
 def test_packing_a_selection_takes_the_selected_rows():
@@ -700,6 +721,20 @@ def test_streamed_rows_are_those_of_the_data_set(run):
     assert list(streamed.train) == list(run(both).train)
     assert list(streamed.train) == list(run(both).train), "a second epoch"
     assert "streamed while training, not counted: train.jsonl, more.jsonl" in ledger_table(streamed.ledger)
+
+
+def test_a_packed_stream_has_every_conversation_once_in_full_rows_of_a_seeded_order(run, monkeypatch):
+    monkeypatch.setattr("sft.data.packing.STREAM_BUFFER", 16)
+    write("train.jsonl", *(talk("1", "2" * (1 + i % 7)) for i in range(40)))
+    apart = [row["input_ids"] for row in run("dataset.packing=false").train]
+    stream = run(*STREAM, "dataset.packing=true", "dataset.max_length=64").train
+    rows = list(stream)
+    assert list(stream) == rows, "a second epoch"
+    told = [np.split(row["input_ids"], np.cumsum(row["seq_lengths"])[:-1]) for row in rows]
+    assert sorted(list(ids) for row in told for ids in row) == sorted(apart)
+    assert max(len(row["input_ids"]) for row in rows) <= 64 and len(rows) <= 17  # of 40, three or two to a row
+    assert all(len(row["assistant_mask"]) == len(row["input_ids"]) for row in rows)
+    assert rows != list(run(*STREAM, "dataset.packing=true", "dataset.max_length=64", "training_args.seed=1").train)
 
 
 def test_a_bad_row_stops_a_stream_or_is_skipped(run):

@@ -108,13 +108,6 @@ def test_a_nested_file_takes_the_flat_sections_it_has_no_word_for() -> None:
     assert recipe.resume_from_checkpoint is False
 
 
-def test_a_stream_is_not_packed_without_asking_for_it() -> None:
-    stream = ["dataset.streaming=true", "training_args.max_steps=1"]
-    assert load(LEAST, *stream).dataset.packing is False
-    assert load(LEAST, *stream, "dataset.packing=auto").dataset.packing is False
-    assert load(LEAST, "dataset.packing=true").dataset.packing is True
-
-
 def test_defaults_are_the_documented_ones() -> None:
     assert load(LEAST).to_dict() == {
         "model_name_or_path": "m",
@@ -395,10 +388,6 @@ def test_a_wrong_line_is_answered_with_what_to_do(line: str, problem: str) -> No
         (
             "dataset: {streaming: true, packing: false}",
             "4: dataset.streaming: a stream has no known length; set training_args.max_steps",
-        ),
-        (
-            "dataset: {streaming: true, packing: true}\ntraining_args: {max_steps: 1}",
-            "4: dataset.streaming: a stream is not packed; set dataset.packing: auto or false",
         ),
         (
             "dataset: {streaming: true, packing: false, test: 0.1}\ntraining_args: {max_steps: 1}",

@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, TrainerCallback
@@ -294,7 +295,7 @@ def test_what_trains_in_float16_is_float32_which_its_scaler_takes(recipe, monkey
 
 
 def test_best_fit_fills_rows_and_keeps_every_conversation_once():
-    bins = best_fit(LENGTHS, 32)
+    bins = best_fit(np.array(LENGTHS), 32).to_pylist()
     assert sorted(row for members in bins for row in members) == list(range(8))
     assert all(sum(LENGTHS[row] for row in members) <= 32 for members in bins)
     assert len(bins) == 4  # 104 tokens cannot fit in fewer than four rows of 32

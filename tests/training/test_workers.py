@@ -24,6 +24,7 @@ ROWS = {
     "packed": ["dataset.packing=true"],
     "unpacked": ["dataset.packing=false"],
     "streamed": ["dataset.packing=false", "dataset.streaming=true"],
+    "packed stream": ["dataset.packing=true", "dataset.streaming=true"],
 }
 
 
@@ -42,7 +43,7 @@ def test_a_worker_that_is_started_afresh_makes_the_batch_of_the_run_itself(small
     assert (loader.num_workers, loader.multiprocessing_context.get_start_method()) == (1, "spawn")
     batch = next(iter(loader))
     known = {tuple(row["input_ids"]): sum(row["assistant_mask"]) for row in data.train}
-    if rows == "packed":
+    if recipe.dataset.packing:
         assert tuple(batch["input_ids"][0].tolist()) in {first + second for first in known for second in known}
     else:
         for ids, labels, real in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):

@@ -27,6 +27,7 @@ from sft.faults import memory_advice
 from sft.files import write_json, writing
 from sft.model.load import check_targets, checkpoint_dtype, load_model, load_trained, meta_model
 from sft.model.lora import add_lora
+from sft.model.lora_init import changes_base
 from sft.model.machine import check_machine, peak_memory_bytes, use_cpu
 from sft.model.source import find_model
 from sft.model.tokenizer import load_tokenizer
@@ -34,8 +35,10 @@ from sft.plain_text import PlainFormatter
 from sft.processes import say
 from sft.recipe import Recipe
 from sft.results import export, page, run_folder
+from sft.results.during import ScoresDuring, more_is_better
 from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
+from sft.results.merge import refuse_unmergeable
 from sft.results.parity import prompts_of, prove_parity
 from sft.results.summary import run_summary
 from sft.results.words import parity_line, short_merge_line
@@ -101,13 +104,20 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     config = arguments.check_training_config(recipe)
     if line := parallel.gpus_line(recipe):
         say(line)
+    quantization = recipe.quantization_config or {}
+    if quantization.get("load_in_4bit") and "bnb_4bit_quant_type" not in quantization:
+        say("4 bits are fp4, bitsandbytes' default; nf4 is more exact: quantization_config.bnb_4bit_quant_type: nf4")
+    more_is_better(recipe)
     model = meta_model(recipe)
     if model.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
         raise recipe.error("model_name_or_path", "is of ChatGLM's family but not ChatGLM3; use its -hf release")
     check_targets(recipe, model)
     if recipe.adapter_name_or_path:
         find_model(recipe.adapter_name_or_path, recipe, "adapter_name_or_path", "adapter_config.json")
-    arguments.check_optimizer(recipe, config, check.with_lora(recipe, model))
+    adapted = check.with_lora(recipe, model)
+    arguments.check_optimizer(recipe, config, adapted)
+    if isinstance(adapted, PeftModel) and recipe.export.merge:
+        refuse_unmergeable(recipe, adapted)
     return model
 
 
@@ -229,13 +239,18 @@ def train(
     if torch.cuda.is_available() and not use_cpu(recipe) and (why := why_triton_fails()):
         say(f"the loss is our own, which takes more memory than trl's: Triton wants a C compiler and Python.h ({why})")
     steps = arguments.steps(recipe, data)
-    done = checkpoint and processes.decide(lambda: resume.is_finished(checkpoint, steps))
+    patience = None if recipe.early_stopping is None else recipe.early_stopping.get("early_stopping_patience", 1)
+    done = checkpoint and processes.decide(lambda: resume.is_finished(checkpoint, steps, patience))
     finished = checkpoint if done else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
     processes.decide(lambda: resume.remove_unfinished(recipe.output_dir))
+    conversations = data.validation_conversations
+    scores = ScoresDuring(recipe, data.encoder, conversations) if recipe.evaluation.every else None
     with StopAtSignal() as stop:
-        trained = trainer.make_trainer(recipe, model, tokenizer, data, [stop])
+        trained = trainer.make_trainer(recipe, model, tokenizer, data, [stop], scores)
+        if scores is not None and scores.more_is_better is not None:
+            trained.args.greater_is_better = scores.more_is_better
         if finished:
             trained.take_up(finished)
         else:
@@ -343,7 +358,7 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
     """Scores base and tuned on the test split, if there is one; each process answers its share."""
     if not data.test_conversations:
         return
-    if trained.is_sharded or recipe.evaluation.model == "final":
+    if trained.is_sharded or recipe.evaluation.model == "final" or changes_base(recipe.lora_config or {}):
         trained.free_memory(model=True)
         evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe))
         return

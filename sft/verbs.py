@@ -56,7 +56,11 @@ def _tell(recipe: Recipe, scores: Scores) -> None:
 
 def export_again(recipe: Recipe) -> int:
     """--export: final_model/ from lora_adapter/, and the page, once more."""
-    adapter = recipe.output_dir / "lora_adapter"
+    adapter, start = recipe.output_dir / "lora_adapter", "init_lora_weights"
+    if (recipe.lora_config or {}).get(start) == "loftq":
+        raise recipe.error(
+            f"lora_config.{start}", "a loftq adapter is for the 4-bit base, and wrong on the unquantised"
+        )
     if not adapter.is_dir():
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
     if not processes.is_first():
@@ -82,7 +86,7 @@ def time_steps(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, c
     with tempfile.TemporaryDirectory() as folder:
         off = {"max_steps": count, "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False}
         off |= {"load_best_model_at_end": False, "report_to": "none", "logging_steps": 1}
-        short = dataclasses.replace(recipe, output_dir=Path(folder), training_args={**args, **off})
+        short = dataclasses.replace(recipe, output_dir=Path(folder), training_args={**args, **off}, early_stopping=None)
         clock = StepClock()
         model = add_lora(load_for_training(short), short)
         make_trainer(short, model, tokenizer, data, [clock]).train()

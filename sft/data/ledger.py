@@ -33,6 +33,7 @@ class Ledger(TypedDict, total=False):
     """What data_ledger.json holds.
 
     rows, examples, packing: of each split its conversations, what they give if not one each, and the packed rows.
+    seen: conversations of the training split in an epoch, where files have weights.
     packing_probe: why rows are packed, or not, where dataset.packing left it open.
     test_in_train, near_duplicates: rows of the test split that a training row equals, or nearly equals. samples:
     examples with their masks as text. memory: bytes that training keeps from step to step, of weights, adapter,
@@ -41,6 +42,7 @@ class Ledger(TypedDict, total=False):
 
     files: list[LedgerFile]
     rows: dict[str, int]
+    seen: int
     examples: dict[str, int]
     duplicates: NamedRows
     test_in_train: NamedRows
@@ -148,11 +150,10 @@ def _named(found: NearCopies, test: Split, train: Split) -> NamedRows:
 
 def ledger_table(ledger: Ledger) -> str:
     """The ledger as a table for the terminal."""
-    head = ("split", "file", "rows", "used", "dropped", "trimmed", "tokens", "supervised")
+    head = ("split", "file", "weight", "rows", "used", "dropped", "trimmed", "tokens", "supervised")
     rows = [head, *map(_table_line, ledger["files"])]
-    kept = [
-        i for i, name in enumerate(head) if name not in ("dropped", "trimmed") or {row[i] for row in rows[1:]} - {"0"}
-    ]
+    usual = {"weight": {"1"}, "dropped": {"0"}, "trimmed": {"0"}}  # a column that says nothing else is left out
+    kept = [i for i, name in enumerate(head) if name not in usual or {row[i] for row in rows[1:]} - usual[name]]
     lines = [[row[i] for i in kept] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     text = []
@@ -170,6 +171,8 @@ def ledger_table(ledger: Ledger) -> str:
         text += [f"{path}: {count:,} {note}" for note, count in file["notes"].items()]
         if "examples" in file:
             text.append(f"{path}: {file['used']:,} rows give {file['examples']:,} examples (chat.examples)")
+    if "seen" in ledger:
+        text.append(f"an epoch sees {ledger['seen']:,} training conversations, by the weights of the files")
     if "packing_probe" in ledger:
         text.append(ledger["packing_probe"])
     if "streamed" in ledger:
@@ -189,7 +192,7 @@ def _table_line(file: LedgerFile) -> tuple[str, ...]:
     dropped = sum(map(len, file["dropped"].values()))
     counts = (file["rows"], file["used"], dropped, len(file["trimmed"]), file["tokens"])
     supervised = f"{file['supervised_tokens']:,} ({file['supervised_share']:.0%})"
-    return (file["split"], file["path"], *(f"{count:,}" for count in counts), supervised)
+    return (file["split"], file["path"], f"{file['weight']:g}", *(f"{count:,}" for count in counts), supervised)
 
 
 def _first(lines: list[int]) -> str:

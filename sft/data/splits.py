@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Data:
     train, validation: rows of input_ids and assistant_mask, and seq_lengths where they are packed.
     splits: which rows of the files each split has chosen.
     test_conversations: ("file:line", its messages and tools) for each row of the test split.
+    validation_conversations: the same of the rows of the validation split that are answered while training.
     ledger: what data_ledger.json holds.
     """
 
@@ -42,6 +43,7 @@ class Data:
     train: datasets.Dataset | datasets.IterableDataset | None
     validation: datasets.Dataset | None = None
     test_conversations: list[tuple[str, Conversation]] = field(default_factory=list)
+    validation_conversations: list[tuple[str, Conversation]] = field(default_factory=list)
     files: list[TokenFile] = field(default_factory=list)
     splits: dict[str, Split] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=lambda: Ledger())
@@ -77,8 +79,12 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
     data = Data(encoder, None, files=files, splits=splits, ledger=make_ledger(splits, finds_near_copies(recipe)))
     if "test" in splits:
         data.test_conversations = _conversations(splits["test"], recipe)
-    if "train" in splits:
-        _apply_weights(splits["train"], recipe)
+    if "validation" in splits and recipe.evaluation.every:
+        validation = splits["validation"]
+        answered = validation.data_rows()[: recipe.evaluation.during_samples]
+        data.validation_conversations = _conversations(replace(validation, chosen=answered), recipe)
+    if "train" in splits and _apply_weights(splits["train"], recipe):
+        data.ledger["seen"] = len(splits["train"].data_rows())
     views = {name: split.view() for name, split in splits.items() if name != "test"}
     if options.packing:  # a run has decided what auto is (packing_probe.py); undecided it packs, and the trainer looks
         views = {name: pack(view, options.max_length) for name, view in views.items()}
@@ -157,14 +163,15 @@ def _hold_out(train: Split, name: str, share: float, recipe: Recipe) -> Split:
     return split
 
 
-def _apply_weights(train: Split, recipe: Recipe) -> None:
+def _apply_weights(train: Split, recipe: Recipe) -> bool:
     """Each row as often as its file's weight says; of a broken part, a seeded choice.
 
+    Returns: whether there are weights.
     Raises: RecipeError: nothing is left.
     """
     weights = train.rows.weight_of_each_row()
     if (weights == 1).all():
-        return
+        return False
     weights = weights[train.chosen]
     times = np.floor(weights).astype(np.int64)
     rows = train.data_rows()
@@ -173,12 +180,13 @@ def _apply_weights(train: Split, recipe: Recipe) -> None:
     train.chosen = np.repeat(train.chosen, times)
     if not len(train.chosen):
         raise recipe.error("dataset.train", "its weights leave no row; raise them")
+    return True
 
 
-def _conversations(test: Split, recipe: Recipe) -> list[tuple[str, Conversation]]:
-    """The chosen rows of the test split again as messages, for scoring."""
+def _conversations(split: Split, recipe: Recipe) -> list[tuple[str, Conversation]]:
+    """The chosen rows of a split again as messages, for scoring."""
     found: list[tuple[str, Conversation]] = []
-    for file, inside in test.rows.by_file(test.chosen):
+    for file, inside in split.rows.by_file(split.chosen):
         found += _read_again(file, set(file.rows.data.column("line").to_numpy()[inside].tolist()), recipe)
         refuse_changed(file.path, str(file.facts["sha256"]))
     return found

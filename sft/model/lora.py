@@ -1,18 +1,19 @@
-"""LoRA: put on a model, or taken up from an adapter."""
+"""LoRA, or another kind of adapter: put on a model, or taken up from a folder."""
 
 import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft.errors import ModelError
+from sft.model.lora_init import changes_base, note_start, start_from_quantisation_error
 from sft.model.source import find_model, first_line, refuse_damaged
-from sft.recipe import Recipe
+from sft.recipe import PEFT_TYPES, Recipe
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -28,13 +29,27 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftMo
         return model
     torch.manual_seed(recipe.seed)  # LoRA weights start random
     try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config})
+        config = adapter_config(recipe.lora_config)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=_lora_is_float32(recipe))
     except (ValueError, TypeError) as error:
         raise recipe.error("lora_config", first_line(error)) from None
-    if isinstance(config.target_modules, set):  # peft would write it in an order that each process has anew
-        config.target_modules = sorted(config.target_modules)
+    if recipe.lora_config.get("init_lora_weights") == "loftq":
+        start_from_quantisation_error(adapted, recipe)
+    if changes_base(config):
+        note_start(adapted)
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # peft would write it in an order that each process has anew
+            setattr(config, name, sorted(value))
     return adapted
+
+
+def adapter_config(options: dict[str, Any]) -> PeftConfig:
+    """lora_config as the class of its peft_type. Raises: ValueError, TypeError: what that class refuses."""
+    kind = options.get("peft_type", PEFT_TYPES[0])
+    given = {name: value for name, value in options.items() if name != "peft_type"}
+    if given.get("init_lora_weights") == "loftq":  # peft's own would put other weights into the base
+        given["init_lora_weights"] = True
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{"task_type": "CAUSAL_LM", **given})
 
 
 def load_adapter(
@@ -45,16 +60,17 @@ def load_adapter(
     key: str = "adapter_name_or_path",
     assign: bool = False,
 ) -> PeftModel:
-    """A LoRA adapter on its base.
+    """An adapter on its base.
 
     Args: assign: the adapter's tensors take the places of the model's, whose memory is not written to.
     Raises: RecipeError: it is not there, or it was made for another model.
     """
     reach = find_model(name, recipe, key, "adapter_config.json")
-    adapter_config = read_adapter_config(name, recipe, key, **reach)
+    config = read_adapter_config(name, recipe, key, **reach)
     if recipe.lora_config and trainable:
-        for option, value in recipe.lora_config.items():
-            adapter_value = getattr(adapter_config, option, value)
+        for option, value in {"peft_type": PEFT_TYPES[0], **recipe.lora_config}.items():
+            adapter_value = getattr(config, option, value)
+            adapter_value = getattr(adapter_value, "value", adapter_value)  # of an enum
             if (set(adapter_value) != set(value)) if isinstance(value, list) else adapter_value != value:
                 raise recipe.error(
                     f"lora_config.{option}",
@@ -80,14 +96,21 @@ def load_adapter(
 
 
 def read_adapter_config(name: str, recipe: Recipe, key: str = "adapter_name_or_path", **reach: Any) -> PeftConfig:
-    """Raises: RecipeError: it cannot be read, or is no LoRA's."""
+    """Raises: RecipeError: it cannot be read, or it is of a kind that is not taken up."""
     try:
         config = PeftConfig.from_pretrained(str(Path(name).expanduser()), **reach)
     except Exception as error:  # whatever peft makes of a file that is not what it should be
         what = f"{name}: its adapter_config.json does not load: {first_line(error)}"
         raise recipe.error(key, what) from None
-    if not isinstance(config, LoraConfig):
-        raise recipe.error(key, f"{name} is an adapter of the kind {config.peft_type}; only LoRA's are taken up")
+    if config.peft_type not in PEFT_TYPES:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise recipe.error(key, f"{name} is an adapter of the kind {kind}, which is not taken up; see docs/methods.md")
+    if changes_base(config):
+        raise recipe.error(
+            key,
+            f"{name} is of a training that had changed its base ({config.init_lora_weights}), and wrong on this one; "
+            "name the lora_adapter/ of the run, which is plain LoRA",
+        )
     return config
 
 

@@ -6,7 +6,24 @@ section), schema.py (what is wrong with a key or value), layouts.py (flat and ne
 together), load.py. `python -m sft.recipe.generate` writes schema.json and docs/recipe.md.
 """
 
-from sft.recipe.keys import ChatOptions, DatasetOptions, EvaluationOptions, ExportOptions, Recipe, Source
+from sft.recipe.keys import (
+    PEFT_TYPES,
+    ChatOptions,
+    DatasetOptions,
+    EvaluationOptions,
+    ExportOptions,
+    Recipe,
+    Source,
+)
 from sft.recipe.load import load_recipe
 
-__all__ = ["ChatOptions", "DatasetOptions", "EvaluationOptions", "ExportOptions", "Recipe", "Source", "load_recipe"]
+__all__ = [
+    "PEFT_TYPES",
+    "ChatOptions",
+    "DatasetOptions",
+    "EvaluationOptions",
+    "ExportOptions",
+    "Recipe",
+    "Source",
+    "load_recipe",
+]

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from sft.plain_text import SECRET_KEY
-from sft.recipe.keys import Recipe, Source, Sources, SourcesOrShare
+from sft.recipe.keys import PEFT_TYPES, Recipe, Source, Sources, SourcesOrShare
 from sft.recipe.schema import Schema
 
 LIBRARY_KEYS: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -48,6 +48,8 @@ def full_schema() -> Schema:
     top = our_schema(Recipe)
     del top["properties"]["dataset"]["required"]  # dataset_path may stand for dataset.train
     top["properties"]["dataset_path"] = annotation_schema(Sources) | {"description": "the same as dataset.train"}
+    lora = top["properties"]["lora_config"]
+    top["properties"]["lora_config"] = {"description": lora["description"], "anyOf": list(_by_peft_type())}
     definitions = {"source": source, "sources": sources, "sources_or_share": sources | share}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe", **top, "$defs": definitions}
 
@@ -76,13 +78,23 @@ def our_schema(cls: type) -> Schema:
     return _section(properties, required)
 
 
-def library_schema(name: str, section: str) -> Schema:
-    """The section that goes to a library's class or function, e.g. of the name trl.SFTConfig."""
-    takes = pkgutil.resolve_name(name)
-    keys = LIBRARY_KEYS[section]
+def _by_peft_type() -> Iterator[Schema]:
+    """The section lora_config for each peft_type: its class has the keys."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    for kind in PEFT_TYPES:
+        section = library_schema(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], "lora_config")
+        section["properties"]["peft_type"] = {"enum": [kind]}
+        yield section | ({"required": ["peft_type"]} if kind != PEFT_TYPES[0] else {})
+
+
+def library_schema(name: Any, section: str) -> Schema:
+    """The section that goes to a library's class or function, or to the one of a name, e.g. trl.SFTConfig."""
+    takes = pkgutil.resolve_name(name) if isinstance(name, str) else name
+    keys, is_dataclass = LIBRARY_KEYS[section], dataclasses.is_dataclass(takes)
     if "keys" in keys:
         properties = _documented_properties(takes, keys["keys"])
-    elif any(parameter.annotation is not parameter.empty for parameter in inspect.signature(takes).parameters.values()):
+    elif is_dataclass and any(p.annotation is not p.empty for p in inspect.signature(takes).parameters.values()):
         properties = _dataclass_properties(takes)
     else:
         properties = _default_properties(takes)

@@ -28,10 +28,12 @@ def schema_text() -> str:
 
 
 def pretty(value: Any, indent: str = "") -> str:
-    """JSON with a line for each key, unless its value is itself a long mapping."""
+    """JSON with a line for each key, and for each mapping of a list, unless the whole fits on one."""
     line = json.dumps(value)
-    if not isinstance(value, dict) or len(indent) + len(line) <= 110:
+    if len(indent) + len(line) <= 110 or not (isinstance(value, dict) or isinstance(value[0], dict)):
         return line
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(f"{indent}  {pretty(child, indent + '  ')}" for child in value) + f"\n{indent}]"
     rows = [f"{indent}  {json.dumps(name)}: {pretty(child, indent + '  ')}" for name, child in value.items()]
     return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
 

@@ -43,6 +43,25 @@ class Source:
     split: str | None = option(None, "of a hub data set, or of a folder that holds a copy; null: train", minLength=1)
 
 
+# The kinds of adapter that go through a whole run here, the first by default; docs/methods.md says what was tried.
+PEFT_TYPES = (
+    "LORA",
+    "BOFT",
+    "C3A",
+    "DELORA",
+    "FOURIERFT",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "MISS",
+    "OFT",
+    "RANDLORA",
+    "ROAD",
+    "VERA",
+)
+
 Sources = tuple[Source, ...]
 SourcesOrShare = Sources | float | None  # a share of the rows of dataset.train, above 0 and below 1
 
@@ -99,6 +118,8 @@ class EvaluationOptions:
     model: Literal["adapter", "final"] = option("adapter", "what is scored after LoRA; final: final_model/, read again")
     batch_size: int = option(16, "answers generated at a time", minimum=1)
     max_samples: int | None = option(None, "rows of the test split that are scored; null: all", minimum=1)
+    every: int | None = option(None, "steps: validates then, and scores answers; null: training_args says", minimum=1)
+    during_samples: int = option(64, "rows of dataset.validation that are answered then", minimum=1)
     language: Literal["zh", "ja", "th", "other"] | None = option(None, "decides the tokens of scores; null: by script")
     generation: dict[str, Any] = option(
         {"max_new_tokens": 256}, "transformers.GenerationConfig", library="transformers.GenerationConfig"
@@ -143,7 +164,13 @@ class Recipe:
         "peft.LoraConfig, e.g. {r: 32, target_modules: [q_proj]}; null: full fine-tuning",
         library="peft.LoraConfig",
     )
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A, e.g. 16", minimum=1)
     training_args: dict[str, Any] = option({}, "trl.SFTConfig, e.g. {learning_rate: 2e-4}", library="trl.SFTConfig")
+    early_stopping: dict[str, Any] | None = option(
+        None,
+        "transformers.EarlyStoppingCallback, e.g. {early_stopping_patience: 3}",
+        library="transformers.EarlyStoppingCallback",
+    )
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     export: ExportOptions = ExportOptions()
     places: dict[str, Item] = field(default_factory=dict, compare=False, repr=False)  # flat key -> as written

@@ -20,6 +20,7 @@ from typing import Any
 from sft.errors import RecipeError
 from sft.recipe.keys import DatasetOptions, EvaluationOptions, Recipe, Source, Sources, SourcesOrShare
 from sft.recipe.layouts import is_nested, layout_schema, to_flat
+from sft.recipe.methods import with_what_follows
 from sft.recipe.reader import Item, Reader, child_key
 from sft.recipe.rules import LOAD_IN, contradictions
 from sft.recipe.schema import point_to_other_sections, problems_of, recipe_schema
@@ -38,7 +39,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         reader.override(top, override)
 
-    schema = layout_schema(recipe_schema(), nested)
+    lora = top.value.get("lora" if nested else "lora_config")
+    peft_type = lora.value.get("peft_type") if lora and isinstance(lora.value, dict) else None
+    schema = layout_schema(recipe_schema(peft_type and peft_type.value), nested)
     point_to_other_sections(schema)
     _raise_if_any([*reader.problems, *problems_of(top, schema)])
     _raise_if_any(to_flat(top, nested))
@@ -62,7 +65,7 @@ def _to_recipe(path: Path, top: Item) -> Recipe:
     generation = values.get("evaluation", {}).get("generation", {})
     values.setdefault("evaluation", {})["generation"] = EvaluationOptions().generation | generation
     values["quantization_config"] = _quantization_config(values.get("quantization_config"))
-    return _to_dataclass(Recipe, values | {"path": path, "places": places})
+    return _to_dataclass(Recipe, with_what_follows(values) | {"path": path, "places": places})
 
 
 def _plain_value(item: Item, flat_key: str, places: dict[str, Item]) -> Any:

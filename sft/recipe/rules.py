@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.recipe.keys import Recipe
+from sft.recipe.methods import lora_start, loraplus, quantised_kinds, validation
 from sft.recipe.reader import spell
 
 Problem = tuple[str, str]  # a key in the flat layout; what is wrong with it, and what to do
@@ -88,8 +89,8 @@ def _evaluation_during_training(recipe: Recipe) -> Iterator[Problem]:
                     f"{spell(training[key])} needs dataset.validation; give a file, or a share held out of train",
                 )
     elif training.get("load_best_model_at_end"):
-        eval_strategy, save_strategy = training.get("eval_strategy"), training.get("save_strategy", "steps")
-        if eval_strategy is not None and save_strategy not in (eval_strategy, "best"):
+        eval_strategy, save_strategy = training.get("eval_strategy", "epoch"), training["save_strategy"]
+        if save_strategy not in (eval_strategy, "best"):
             yield (
                 "training_args.load_best_model_at_end",
                 f"needs eval_strategy ({eval_strategy}) and save_strategy ({save_strategy}) to be equal; change one",
@@ -189,6 +190,10 @@ def _output_dir(recipe: Recipe) -> Iterator[Problem]:
 _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _quantization,
     _target_modules,
+    quantised_kinds,
+    lora_start,
+    loraplus,
+    validation,
     _evaluation_during_training,
     _evaluated_model,
     _splits,

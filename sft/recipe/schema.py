@@ -40,9 +40,16 @@ _RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 
 
-def recipe_schema() -> Schema:
-    """schema.json, with the formats and metrics that exist now as choices."""
+def recipe_schema(peft_type: Any = None) -> Schema:
+    """schema.json, with the formats and metrics that exist now as choices.
+
+    Args: peft_type: whose keys lora_config has; of one that there is not, and by default, LoRA's.
+    """
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    tuners = {s["properties"]["peft_type"]["enum"][0]: s for s in schema["properties"]["lora_config"]["anyOf"]}
+    lora_config = tuners.get(peft_type, tuners["LORA"]) if isinstance(peft_type, str) else tuners["LORA"]
+    lora_config["properties"]["peft_type"]["enum"] = list(tuners)
+    schema["properties"]["lora_config"] = lora_config
     dataset, evaluation = (schema["properties"][name]["properties"] for name in ("dataset", "evaluation"))
     formats = ["auto", *sorted(file.stem for file in ROOT.glob("formats/[!_]*.py"))]
     for section in (dataset, *(source["properties"] for source in schema["$defs"].values())):
@@ -150,8 +157,9 @@ def _key_hint(name: str | int, properties: dict[str, Schema]) -> str:
 
 
 def _nearest(value: Any, names: Iterable[Any]) -> str:
-    matches = difflib.get_close_matches(str(value), [name for name in names if isinstance(name, str)], 1)
-    return f"did you mean '{matches[0]}'?" if matches else ""
+    spelled = {name.lower(): name for name in names if isinstance(name, str)}
+    matches = difflib.get_close_matches(str(value).lower(), spelled, 1)
+    return f"did you mean '{spelled[matches[0]]}'?" if matches else ""
 
 
 def _some(words: str, names: Iterable[Any]) -> str:

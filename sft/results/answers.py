@@ -93,7 +93,20 @@ class Answer(TypedDict):
     finished: bool
 
 
-class Answers:
+class AnswersInMemory:
+    """Answers by model and key, of a validation, which is done anew where it was cut off."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[str, str], Answer] = {}
+
+    def add(self, model: str, key: str, text: str, finished: bool) -> None:
+        self.entries[model, key] = Answer(model=model, key=key, text=text, finished=finished)
+
+    def flush(self) -> None:
+        """There is nothing to write."""
+
+
+class Answers(AnswersInMemory):
     """Answers on disk, line by line as they come, so that a run that is cut off goes on where it was.
 
     The first line is their provenance; a file of another provenance is begun anew. beside: files of other processes,
@@ -101,8 +114,8 @@ class Answers:
     """
 
     def __init__(self, path: Path, provenance: dict[str, Any], beside: Iterable[Path] = ()):
+        super().__init__()
         self.path = path
-        self.entries: dict[tuple[str, str], Answer] = {}  # by model and key
         lines = _answer_lines(path, provenance)
         for entry in (entry for file in (*beside, path) for entry in _answer_lines(file, provenance)):
             self.entries[entry["model"], entry["key"]] = entry
@@ -112,10 +125,9 @@ class Answers:
             self._file = open(path, "a", encoding="utf-8", newline="\n")
 
     def add(self, model: str, key: str, text: str, finished: bool) -> None:
-        entry = Answer(model=model, key=key, text=text, finished=finished)
-        self.entries[model, key] = entry
+        super().add(model, key, text, finished)
         with writing(self.path):
-            self._file.write(json_line(entry))
+            self._file.write(json_line(self.entries[model, key]))
 
     def flush(self) -> None:
         with writing(self.path):
@@ -164,7 +176,7 @@ def generation_mode(model: CausalLM, adapter_on: bool) -> Iterator[None]:
     training, defaults = model.training, inner.generation_config
     inner.generation_config = GenerationConfig()  # generate() would fill what ours leaves open with these
     try:
-        with adapter, torch.inference_mode():
+        with adapter, torch.no_grad():  # not inference_mode: a model that trains on may keep tensors made here
             model.eval()
             yield
     finally:
@@ -183,15 +195,20 @@ def generate_answers(
     model: CausalLM,
     encoder: ChatEncoder,
     turns: Sequence[Turn],
-    answers: Answers,
+    answers: AnswersInMemory,
     name: str,
     config: GenerationConfig,
     batch_size: int,
+    is_shown: bool = True,
 ) -> None:
-    """Generates what `answers` does not hold yet: batches of like length, left-padded, the longest first."""
+    """Generates what `answers` does not hold yet: batches of like length, left-padded, the longest first.
+
+    Args: is_shown: by a live line, which training has of its own.
+    """
     waiting = sorted((t for t in turns if (name, t.key) not in answers.entries), key=lambda t: -len(t.prompt))
     stops = set(config.eos_token_id)
-    with bar(f"answers of {name}", len(turns), len(turns) - len(waiting)) as advance:
+    shown = bar(f"answers of {name}", len(turns), len(turns) - len(waiting)) if is_shown else nullcontext(int)
+    with shown as advance:
         while waiting:
             batch = waiting[:batch_size]
             try:

@@ -19,6 +19,10 @@ PLOTS = {  # title: {name: key of log_history}
     "Learning rate": {"learning rate": "learning_rate"},
     "Gradient norm": {"gradient norm": "grad_norm"},
 }
+# What transformers and trl log of a validation; all else is a score of answers (evaluation.every).
+OF_VALIDATION = re.compile(
+    r"eval_(loss|runtime|\w+_per_second|model_preparation_time|entropy|num_tokens|mean_token_accuracy|aux_loss)"
+)
 
 
 class Curve(NamedTuple):
@@ -57,6 +61,12 @@ def curve(log: list[dict[str, Any]], key: str) -> Curve:
 def curves_of(log: list[dict[str, Any]], title: str) -> dict[str, Curve]:
     """The curves of one plot. title: a key of PLOTS."""
     return {name: curve(log, key) for name, key in PLOTS[title].items()}
+
+
+def score_curves(log: list[dict[str, Any]]) -> dict[str, Curve]:
+    """The scores of answers to the validation split while training, by name."""
+    keys = dict.fromkeys(key for entry in log for key in entry if key.startswith("eval_"))
+    return {key.removeprefix("eval_"): curve(log, key) for key in keys if not OF_VALIDATION.fullmatch(key)}
 
 
 # -------------------------------------------------------------------------------------------------------- the drawing
@@ -151,8 +161,8 @@ class Plot(NamedTuple):
 
 def plots(log: list[dict[str, Any]]) -> Iterator[Plot]:
     """The plots of the page."""
-    for title in PLOTS:
-        curves = curves_of(log, title)
+    of_scores = {f"{name}, answers to validation rows": {name: found} for name, found in score_curves(log).items()}
+    for title, curves in ({title: curves_of(log, title) for title in PLOTS} | of_scores).items():
         captions = [each.caption(name).capitalize() + "." for name, each in curves.items() if len(each.values)]
         figure = draw(curves, title, (4.2, 2.9), PAGE)
         yield Plot(title, " ".join(captions) or "Nothing was logged.", svg(figure, title))

@@ -23,6 +23,7 @@ from sft.model.machine import local_device
 from sft.recipe import ChatOptions, Recipe
 from sft.results.answers import (
     Answers,
+    AnswersInMemory,
     CausalLM,
     Turn,
     generate_answers,
@@ -71,8 +72,7 @@ def evaluate_models(
         raise DataError("the test split has no assistant turn to score")
     stops = sorted(set().union(*(stop_ids(each.model, encoder) for each in models)))
     config = generation_config(recipe, encoder.tokenizer, stops)
-    needed = {column for name in options.metrics for column in load_metric(name).features}
-    own = _own_share(turns)
+    own = own_share(turns)
     own_columns: dict[ModelName, Columns] = {}
     number = f".{processes.rank()}" if processes.rank() else ""
     working_file = recipe.output_dir / f"predictions.partial{number}.jsonl"
@@ -81,18 +81,23 @@ def evaluate_models(
         for each in models:
             with generation_mode(each.model, each.adapter_on):
                 generate_answers(each.model, encoder, own, answers, each.name, config, options.batch_size)
-                own_columns[each.name] = _answer_columns(answers, each.name, own)
-                if own and needed - {"references", *ANSWER_COLUMNS}:
+                own_columns[each.name] = answer_columns(answers, each.name, own)
+                if own and needed_columns(options.metrics):
                     losses = reference_losses(each.model, encoder, own, options.batch_size, recipe.chat)
                     own_columns[each.name] = {**own_columns[each.name], **losses}
-    columns = _gathered(own, own_columns, turns)
+    columns = gathered(own, own_columns, turns)
     scores = processes.decide(lambda: _write_scores(recipe, turns, columns))
     for path in (working_file, *others):
         path.unlink(missing_ok=True)
     return scores
 
 
-def _own_share(turns: Sequence[Turn]) -> list[Turn]:
+def needed_columns(metrics: Sequence[str]) -> set[str]:
+    """What metrics are given beside the answers and the references: the losses on these."""
+    return {column for name in metrics for column in load_metric(name).features} - {"references", *ANSWER_COLUMNS}
+
+
+def own_share(turns: Sequence[Turn]) -> list[Turn]:
     """The turns that this process answers: whole conversations, shared out by their longest prompts."""
     longest: dict[str, int] = {}  # prompt of each conversation: what its answers cost
     for turn in turns:
@@ -101,7 +106,7 @@ def _own_share(turns: Sequence[Turn]) -> list[Turn]:
     return [turn for turn in turns if turn.place in places]
 
 
-def _gathered(
+def gathered(
     own: Sequence[Turn], own_columns: dict[ModelName, Columns], turns: Sequence[Turn]
 ) -> dict[ModelName, Columns]:
     """The columns of all processes, in the order of `turns`. own_columns: with one value for each of `own`."""
@@ -191,7 +196,7 @@ def _provenance(
     return json.loads(json.dumps(provenance, default=str))
 
 
-def _answer_columns(answers: Answers, name: ModelName, turns: Sequence[Turn]) -> Columns:
+def answer_columns(answers: AnswersInMemory, name: ModelName, turns: Sequence[Turn]) -> Columns:
     entries = [answers.entries[name, turn.key] for turn in turns]
     return {"predictions": [entry["text"] for entry in entries], "finished": [entry["finished"] for entry in entries]}
 

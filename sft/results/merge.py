@@ -230,6 +230,18 @@ class ShardMerger:
 
 
 @torch.no_grad()
+def refuse_unmergeable(recipe: Recipe, adapted: PeftModel) -> None:
+    """Merges an adapter without weights, before it is trained. Raises: RecipeError: peft cannot merge it."""
+    try:
+        for path, wrapper in _wrappers(adapted):
+            _merged(path, wrapper)
+    except ModelError as error:
+        raise recipe.error(
+            "adapter_name_or_path" if recipe.adapter_name_or_path else "lora_config", str(error)
+        ) from None
+
+
+@torch.no_grad()
 def merge_in_memory(adapted: PeftModel, dtypes: Mapping[str, torch.dtype] | None = None) -> PreTrainedModel:
     """The base with its adapter merged into it, module by module, in float32.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from sft.results.curves import curves_of
+from sft.results.curves import curves_of, score_curves
 from sft.results.replies import GROUPS, Reply, choose_replies, first_of_each_group
 from sft.results.run_folder import read_run
 from sft.results.scores import Scores
@@ -38,7 +38,8 @@ def _loss_lines(log: list[dict[str, Any]]) -> Iterator[str]:
     if not any(len(curve.values) for curve in curves.values()):
         return
     yield f"{'loss':<16}{'first':>12}{'last':>12}"
-    for name, (_, values) in curves.items():
+    scores = {f"{name} (val.)": found for name, found in score_curves(log).items()}
+    for name, (_, values) in {**curves, **scores}.items():
         if len(values):
             yield f"  {name:<14}{number(values[0]):>12}{number(values[-1]):>12}"
 

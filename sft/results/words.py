@@ -75,7 +75,9 @@ def method(recipe: dict[str, Any]) -> str:
     lora, quantised = recipe.get("lora_config"), recipe.get("quantization_config") or {}
     if lora is None and not recipe.get("adapter_name_or_path"):
         return "full fine-tuning"
-    words = "LoRA" + (f" of rank {lora['r']}" if lora and "r" in lora else "")
+    words = (lora or {}).get("peft_type", "LORA").replace("LORA", "LoRA")
+    words = "DoRA" if lora and lora.get("use_dora") else words
+    words += f" of rank {lora['r']}" if lora and "r" in lora else ""
     if recipe.get("adapter_name_or_path"):
         words += f", going on from {recipe['adapter_name_or_path']},"
     if quantised.get("load_in_4bit"):
@@ -91,7 +93,8 @@ def story(run: Run) -> str:
     words = f"{recipe.get('model_name_or_path', 'A model')} was trained by {method(recipe)}"
     rows = ((run.ledger or {}).get("rows") or {}).get("train")
     if rows is not None:
-        words += f", on {rows:,} conversations,"
+        seen = (run.ledger or {}).get("seen")
+        words += f", on {rows:,} conversations" + (f" ({seen:,} an epoch, by their weights)," if seen else ",")
     if run.state:
         words += f" for {_epochs(run.state.get('epoch') or 0)} ({run.state.get('global_step', 0):,} steps)"
     elif args.get("max_steps", -1) > 0:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.splits import Data
 from sft.errors import ModelError
 from sft.model.load import load_config
-from sft.model.lora import read_adapter_config
+from sft.model.lora import adapter_config, read_adapter_config
 from sft.model.source import first_line
 from sft.plain_text import plain_text
 from sft.recipe import Recipe
@@ -72,16 +72,17 @@ def with_lora(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftM
     Raises: RecipeError: peft refuses lora_config for this model.
     """
     key = "adapter_name_or_path" if recipe.adapter_name_or_path else "lora_config"
-    config: PeftConfig
-    if recipe.adapter_name_or_path:
-        config = read_adapter_config(recipe.adapter_name_or_path, recipe)
-        config.inference_mode = False
-    elif recipe.lora_config is not None:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora_config})
-    else:
+    if recipe.trains_all_weights:
         return model
-    config.init_lora_weights = False  # type: ignore[attr-defined]  # there is nothing to compute them from
     try:
+        config: PeftConfig
+        if recipe.adapter_name_or_path:
+            config = read_adapter_config(recipe.adapter_name_or_path, recipe)
+            config.inference_mode = False
+        else:
+            config = adapter_config(recipe.lora_config or {})
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = False  # there is nothing to compute them from
         return get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise recipe.error(key, first_line(error)) from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
 from sft import processes
@@ -22,7 +22,7 @@ from sft.errors import UserError
 from sft.files import damage, write_text, writing
 from sft.model.lora import missing_weights
 from sft.model.source import first_line
-from sft.training.resume import begin_checkpoint, end_checkpoint, is_whole
+from sft.training.resume import begin_checkpoint, end_checkpoint, is_whole, validations_without_gain
 
 LOSS = "loss_since_log"  # in TrainerState.stateful_callbacks
 
@@ -98,6 +98,9 @@ class CheckpointTrainer(Trainer):
             self._tr_loss += losses["sum"]
             self._total_loss_scalar -= losses["sum"]  # train_loss is of this process's steps
             self._globalstep_last_logged = losses["logged_step"]
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = validations_without_gain(self.state)
         if self._owes_validation():
             self._evaluate(None, None)
 
@@ -108,11 +111,14 @@ class CheckpointTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _owes_validation(self) -> bool:
-        """Whether the checkpoint lacks the validation at its epoch's end, or at the end of training."""
+        """Whether the checkpoint lacks the validation at its step, or at its epoch's end or the end of training."""
         args, state = self.args, self.state
         epoch, step = float(state.epoch or 0), state.global_step
-        is_at_end = epoch.is_integer() or step >= state.max_steps
-        if args.eval_strategy != "epoch" or not is_at_end or epoch < args.eval_delay:
+        is_due = args.eval_strategy == "epoch" and (epoch.is_integer() or step >= state.max_steps)
+        is_due &= epoch >= args.eval_delay
+        if args.eval_strategy == "steps":
+            is_due = step > 0 and step % state.eval_steps == 0 and step >= args.eval_delay
+        if not is_due:
             return False
         return not any("eval_loss" in entry and entry["step"] == step for entry in state.log_history)
 

@@ -26,6 +26,7 @@ class TrainingLine(TrainerCallback):
     def __init__(self, tokens_seen: Callable[[], int], is_plain: bool = False):
         self._tokens_seen, self._is_plain = tokens_seen, is_plain
         self._values: dict[str, str] = {}
+        self.scores: dict[str, float] = {}  # of the answers of the validation that is logged next
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._begun, self._first_step = 0.0, 0
@@ -68,7 +69,8 @@ class TrainingLine(TrainerCallback):
         logs = logs or {}
         if "eval_loss" in logs:
             self._values["val"] = f"{logs['eval_loss']:.3g}"
-            say(f"step {state.global_step:,}: validation loss {logs['eval_loss']:.4g}")
+            scores = "".join(f", {name} {score:.4g}" for name, score in self.scores.items())
+            say(f"step {state.global_step:,}: validation loss {logs['eval_loss']:.4g}{scores}")
         if "loss" not in logs:
             return
         self._values |= {"loss": f"{logs['loss']:.3g}", "lr": f"{logs.get('learning_rate', 0):.2g}"}

@@ -16,7 +16,7 @@ from sft.training import parallel
 # A checkpoint may be resumed under other values of these; anything else would make it another run.
 FREE_ON_RESUME = re.compile(
     r"training_args\.(logging_|save_|eval_|report_to|run_name|disable_tqdm|num_train_epochs|max_steps|dataloader_|log_)"
-    r"|evaluation|export|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)|model_init"
+    r"|evaluation|early_stopping|export|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)|model_init"
 )
 
 
@@ -85,10 +85,20 @@ def remove_unfinished(output_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_finished(checkpoint: Path, total_steps: int) -> bool:
-    """Whether nothing is left to train after this checkpoint; the Trainer would train one step more."""
+def is_finished(checkpoint: Path, total_steps: int, patience: int | None = None) -> bool:
+    """Whether nothing is left to train after this checkpoint; the Trainer would train one step more.
+
+    Args: patience: validations without gain after which the recipe stops.
+    """
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state.global_step >= state.max_steps >= total_steps
+    has_stopped_early = patience is not None and validations_without_gain(state) >= patience
+    return has_stopped_early or state.global_step >= state.max_steps >= total_steps
+
+
+def validations_without_gain(state: TrainerState) -> int:
+    """How many there were in a row, by EarlyStoppingCallback's count in a checkpoint."""
+    kept: Any = state.stateful_callbacks or {}
+    return int(kept.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0))
 
 
 def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
@@ -23,6 +24,7 @@ from sft.data.splits import Data
 from sft.errors import UserError
 from sft.files import CHECKSUMS
 from sft.model.lora import require_trainable, takes_logits_to_keep
+from sft.model.lora_init import to_plain_lora
 from sft.recipe import Recipe
 from sft.training.arguments import training_config
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
@@ -34,6 +36,10 @@ from sft.training.triton_probe import why_triton_fails
 
 # What a checkpoint of DeepSpeed has beside the weights and the tokenizer.
 NO_WEIGHTS = ("global_step*", "*.pt*", "zero_*", "latest", "trainer_state.json", CHECKSUMS)
+
+
+# Scores by name of the answers of the model that it is called with; the second is to be called after each batch.
+ScoresOfAnswers = Callable[[Any, Callable[[], object]], dict[str, float]]
 
 
 class RowCountingCollator:
@@ -54,9 +60,17 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
     here is the same number without that.
     """
 
-    def __init__(self, *args: Any, is_plain: bool = False, **kwargs: Any):
-        """is_plain: no live line."""
+    def __init__(
+        self,
+        *args: Any,
+        is_plain: bool = False,
+        scores: ScoresOfAnswers | None = None,
+        loraplus_lr_ratio: float | None = None,
+        **kwargs: Any,
+    ):
+        """is_plain: no live line. scores: of answers, logged with each validation loss."""
         super().__init__(*args, **kwargs)
+        self._scores, self._loraplus_lr_ratio = scores, loraplus_lr_ratio
         for callback in (PrinterCallback, ProgressCallback):  # which print raw dicts
             self.remove_callback(callback)
         self._tokens_seen = torch.zeros((), dtype=torch.int64)
@@ -123,7 +137,23 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
         loss_sum, tokens = (sum(values) for values in zip(*processes.gather(self._evaluated.tolist()), strict=True))
         metrics = output.metrics or {}
         metrics.update({name: loss_sum / tokens for name in metrics if name.endswith("_loss") and tokens})
+        if self._scores is not None:
+            found = self._scores(self.accelerator.unwrap_model(self.model), self._after_batch_of_answers)
+            metrics.update({f"eval_{name}": score for name, score in found.items()})
+            self._line.scores = found
         return output
+
+    def _after_batch_of_answers(self) -> None:
+        """As after a batch of a validation, which a signal may cut short."""
+        self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self._loraplus_lr_ratio:
+            trained: Any = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            options |= {"loraplus_lr_ratio": self._loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(trained, kind, **options)
+        return super().create_optimizer(model)
 
     def _without_repeats(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Takes the labels from rows that are in an epoch's last batches a second time.
@@ -217,6 +247,8 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
                 shutil.copytree(self.taken_up, folder, ignore=shutil.ignore_patterns(*NO_WEIGHTS))
         else:
             self.save_model(str(folder))
+        if processes.is_first() and hasattr(model := self.accelerator.unwrap_model(self.model), "lora_start"):
+            to_plain_lora(model, folder)
         unset_hf_deepspeed_config()  # of ZeRO-3, by which any model that is read later would be shared out as well
 
     def free_memory(self, model: bool) -> None:
@@ -236,14 +268,17 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     callbacks: list[TrainerCallback] | None = None,
+    scores: ScoresOfAnswers | None = None,
 ) -> CompletionTrainer:
     """The trainer of a recipe, ready to train.
 
+    Args: scores: of answers to the validation split, if the recipe asks for them.
     Raises: RecipeError: rows are packed, and this model would let their conversations see each other.
     """
     require_trainable(model)
     args = training_config(recipe)
     collate = DataCollatorForCompletionOnlyLM(tokenizer=tokenizer, pad_to_multiple_of=args.pad_to_multiple_of)
+    early_stopping = [] if recipe.early_stopping is None else [EarlyStoppingCallback(**recipe.early_stopping)]
     trainer = CompletionTrainer(
         model=model,
         args=args,
@@ -251,8 +286,10 @@ def make_trainer(
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[*(callbacks or []), *early_stopping],
         is_plain=bool(recipe.training_args.get("disable_tqdm")),
+        scores=scores,
+        loraplus_lr_ratio=recipe.loraplus_lr_ratio,
     )
     if args.fp16 and not trainer.is_deepspeed_enabled:
         # The gradient scaler takes gradients of float32 weights only: of float16 weights it raises, and of the

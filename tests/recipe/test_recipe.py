@@ -144,12 +144,16 @@ def test_defaults_are_the_documented_ones() -> None:
         },
         "quantization_config": None,
         "lora_config": None,
+        "loraplus_lr_ratio": None,
         "training_args": {},
+        "early_stopping": None,
         "evaluation": {
             "metrics": ["bleu", "chrf", "rouge"],
             "model": "adapter",
             "batch_size": 16,
             "max_samples": None,
+            "every": None,
+            "during_samples": 64,
             "language": None,
             "generation": {"max_new_tokens": 256},
         },
@@ -381,7 +385,7 @@ def test_a_wrong_line_is_answered_with_what_to_do(line: str, problem: str) -> No
             "give a file, or a share held out of train",
         ),
         (
-            "dataset: {validation: 0.1}\ntraining_args: {load_best_model_at_end: true, eval_strategy: epoch}",
+            "dataset: {validation: 0.1}\ntraining_args: {load_best_model_at_end: true, save_strategy: steps}",
             "5: training_args.load_best_model_at_end: needs eval_strategy (epoch) and save_strategy (steps) "
             "to be equal; change one",
         ),

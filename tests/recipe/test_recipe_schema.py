@@ -18,6 +18,7 @@ SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
 INSTEAD = {section: keys["instead"] for section, keys in LIBRARY_KEYS.items()}
 SECTIONS = SCHEMA["properties"] | {
     "generation": SCHEMA["properties"]["evaluation"]["properties"]["generation"],
+    "lora_config": SCHEMA["properties"]["lora_config"]["anyOf"][0],  # of LoRA, the first peft_type
     "recipe": SCHEMA,
 }
 

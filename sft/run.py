@@ -131,7 +131,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, packing_why
     data.ledger["samples"] = check.samples(data, tokenizer)
     say(ledger_table(data.ledger))
     if recipe.dataset.test is None:
-        say("no dataset.test: nothing will be scored")
+        say("no dataset.test: no answers will be scored")
     return data
 
 
@@ -355,12 +355,16 @@ def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> No
 
 @memory_advice(SCORE_ADVICE)
 def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
-    """Scores base and tuned on the test split, if there is one; each process answers its share."""
-    if not data.test_conversations:
+    """Scores base and tuned on the test split and on general rows; each process answers its share.
+
+    Without a test split only LoRA's loss on general rows is measured, and where that takes no second model.
+    """
+    from_disk = trained.is_sharded or recipe.evaluation.model == "final" or changes_base(recipe.lora_config or {})
+    if not data.test_conversations and (not data.general or from_disk or recipe.trains_all_weights):
         return
-    if trained.is_sharded or recipe.evaluation.model == "final" or changes_base(recipe.lora_config or {}):
+    if from_disk:
         trained.free_memory(model=True)
-        evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe))
+        evaluate_models(recipe, data.encoder, data.test_conversations, models_on_disk(recipe), data.general)
         return
     trained.free_memory(model=False)
     # Without the autocast that training put around forward: --score, later, has none.
@@ -376,7 +380,7 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
         EvaluatedModel("base", base, adapter_on, recipe.model_name_or_path),
         EvaluatedModel("tuned", model, True, digest),
     ]
-    evaluate_models(recipe, data.encoder, data.test_conversations, models)
+    evaluate_models(recipe, data.encoder, data.test_conversations, models, data.general)
 
 
 def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:

@@ -39,7 +39,7 @@ def score_again(recipe: Recipe) -> int:
         models = models_on_disk(recipe)
         if len(models) == 1:
             say(f"{recipe.output_dir} holds no run: scoring {recipe.model_name_or_path} alone")
-        scores = evaluate_models(recipe, data.encoder, data.test_conversations, models)
+        scores = evaluate_models(recipe, data.encoder, data.test_conversations, models, data.general)
         if processes.is_first():
             _tell(recipe, scores)
     return 0

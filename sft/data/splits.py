@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.data.bad_rows import refuse_losses, refuse_problems
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation
+from sft.data.general import read_general
 from sft.data.ledger import Ledger, make_ledger
 from sft.data.packing import pack, pack_stream
 from sft.data.row_formats import RowReader
@@ -36,6 +37,7 @@ class Data:
     splits: which rows of the files each split has chosen.
     test_conversations: ("file:line", its messages and tools) for each row of the test split.
     validation_conversations: the same of the rows of the validation split that are answered while training.
+    general: the same of evaluation.general.
     ledger: what data_ledger.json holds.
     """
 
@@ -44,6 +46,7 @@ class Data:
     validation: datasets.Dataset | None = None
     test_conversations: list[tuple[str, Conversation]] = field(default_factory=list)
     validation_conversations: list[tuple[str, Conversation]] = field(default_factory=list)
+    general: list[tuple[str, Conversation]] = field(default_factory=list)
     files: list[TokenFile] = field(default_factory=list)
     splits: dict[str, Split] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=lambda: Ledger())
@@ -77,6 +80,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, scoring_only: bo
         if isinstance(share, float):
             splits[name] = _hold_out(splits["train"], name, share, recipe)
     data = Data(encoder, None, files=files, splits=splits, ledger=make_ledger(splits, finds_near_copies(recipe)))
+    data.general = read_general(recipe)
     if "test" in splits:
         data.test_conversations = _conversations(splits["test"], recipe)
     if "validation" in splits and recipe.evaluation.every:

@@ -117,10 +117,15 @@ class EvaluationOptions:
     metrics: tuple[str, ...] = option(("bleu", "chrf", "rouge"), "folders of metrics/", uniqueItems=True)
     model: Literal["adapter", "final"] = option("adapter", "what is scored after LoRA; final: final_model/, read again")
     batch_size: int = option(16, "answers generated at a time", minimum=1)
-    max_samples: int | None = option(None, "rows of the test split that are scored; null: all", minimum=1)
+    max_samples: int | None = option(
+        None, "rows of the test split, and of general, that are scored; null: all", minimum=1
+    )
     every: int | None = option(None, "steps: validates then, and scores answers; null: training_args says", minimum=1)
     during_samples: int = option(64, "rows of dataset.validation that are answered then", minimum=1)
     language: Literal["zh", "ja", "th", "other"] | None = option(None, "decides the tokens of scores; null: by script")
+    general: str = option(
+        "bundled", "rows whose loss shows what was forgotten: bundled (data/general/), a file, or off", minLength=1
+    )
     generation: dict[str, Any] = option(
         {"max_new_tokens": 256}, "transformers.GenerationConfig", library="transformers.GenerationConfig"
     )

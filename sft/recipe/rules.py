@@ -169,6 +169,7 @@ def _paths(recipe: Recipe) -> Iterator[Problem]:
         "output_dir": str(recipe.output_dir),
         "resume_from_checkpoint": recipe.resume_from_checkpoint,
         "chat.template": recipe.chat.template,
+        "evaluation.general": recipe.evaluation.general,
     }
     for split in ("train", "validation", "test"):
         sources = getattr(recipe.dataset, split)

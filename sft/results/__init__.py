@@ -1,6 +1,7 @@
 """What a run leaves: a trained model comes in; adapter, merged model, answers, scores and the page go out.
 
 Imports sft.recipe, sft.data and sft.model; run.py may import from here. Inside, imports point to the left:
-scores <- run_folder <- words <- curves, replies <- page, summary; scores, run_folder, answers, export <- evaluation;
+scores <- run_folder <- words <- curves, replies <- page, summary; scores <- forgetting <- evaluation;
+scores, run_folder, answers, export <- evaluation;
 merge <- certificate <- export.
 """

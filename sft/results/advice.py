@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from sft.results.forgetting import has_forgotten
 from sft.results.run_folder import Run
 from sft.results.words import ScoreRow, number
 
@@ -10,7 +11,17 @@ NOTICEABLE = 0.02  # share by which a validation loss rises or falls from one va
 
 def advice(run: Run, scores: Sequence[ScoreRow]) -> list[str]:
     """Sentences for the page, the most urgent first. scores: the rows of its table."""
-    return [*_of_scores(run, scores), *_of_validation(run), *_of_use(run)]
+    return [*_of_forgetting(run), *_of_scores(run, scores), *_of_validation(run), *_of_use(run)]
+
+
+def _of_forgetting(run: Run) -> Iterator[str]:
+    general = (run.scores or {}).get("general")
+    if general and has_forgotten(general):
+        yield (
+            f"The loss on general text rose by {general['difference']['score']:.2f}: try fewer epochs or a smaller "
+            "learning rate, or mix general rows, other than those of evaluation.general, in by dataset.train with a "
+            "weight."
+        )
 
 
 def _of_scores(run: Run, scores: Sequence[ScoreRow]) -> Iterator[str]:

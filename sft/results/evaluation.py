@@ -15,6 +15,7 @@ from sft import processes
 from sft.data.chat import ChatEncoder
 from sft.data.conversation import Conversation, assistant_turns
 from sft.data.examples import ExampleMaker
+from sft.data.general import encodable
 from sft.errors import DataError
 from sft.files import write_json, write_json_lines
 from sft.model.load import load_model, load_trained
@@ -33,12 +34,14 @@ from sft.results.answers import (
     stop_ids,
 )
 from sft.results.export import weights_digest
+from sft.results.forgetting import general_loss
 from sft.results.run_folder import Prediction, read_file
-from sft.results.scores import Columns, ModelName, Scores, load_metric, score_answers
+from sft.results.scores import Columns, GeneralLoss, ModelName, Scores, load_metric, score_answers
 from sft.terminal import bar
 
 ANSWER_COLUMNS = ("predictions", "finished")
 DEFAULT_CHAT = ChatOptions()
+GENERAL_BATCH = 8  # bundled rows at once: their logits take 0.4 GB with 152,000 tokens in the vocabulary, in bfloat16
 LOGIT_ROWS = 4096  # tokens whose logits are held at once: with 152,000 tokens in the vocabulary 1.2 GB in bfloat16
 
 
@@ -57,10 +60,15 @@ def evaluate_models(
     encoder: ChatEncoder,
     conversations: Sequence[tuple[str, Conversation]],
     models: Sequence[EvaluatedModel],
+    general: Sequence[tuple[str, Conversation]] = (),
 ) -> Scores:
-    """Writes predictions.jsonl and scores.json. conversations: of the test split, each with its "file:line".
+    """Writes predictions.jsonl and scores.json.
 
     Each process answers a share of the conversations, and the first puts them together.
+
+    Args:
+        conversations: of the test split, each with its "file:line"; none: only the loss on `general` is measured.
+        general: rows whose loss tells what was forgotten.
 
     Raises: DataError: nothing to score.
     """
@@ -68,7 +76,7 @@ def evaluate_models(
     for _, conversation in conversations[:1]:
         encoder.encode(conversation.messages, conversation.tools)  # teaches the encoder its stop tokens
     turns = list_turns(conversations[: options.max_samples], encoder)
-    if not turns:
+    if conversations and not turns:
         raise DataError("the test split has no assistant turn to score")
     stops = sorted(set().union(*(stop_ids(each.model, encoder) for each in models)))
     config = generation_config(recipe, encoder.tokenizer, stops)
@@ -86,7 +94,8 @@ def evaluate_models(
                     losses = reference_losses(each.model, encoder, own, options.batch_size, recipe.chat)
                     own_columns[each.name] = {**own_columns[each.name], **losses}
     columns = gathered(own, own_columns, turns)
-    scores = processes.decide(lambda: _write_scores(recipe, turns, columns))
+    forgotten = _general_loss(recipe, encoder, general, models)
+    scores = processes.decide(lambda: _write_scores(recipe, turns, columns, forgotten))
     for path in (working_file, *others):
         path.unlink(missing_ok=True)
     return scores
@@ -121,18 +130,43 @@ def gathered(
     return gathered
 
 
-def _write_scores(recipe: Recipe, turns: Sequence[Turn], columns: Mapping[ModelName, Columns]) -> Scores:
-    scores = score_answers(
-        [turn.reference for turn in turns],
-        columns.get("base"),
-        columns.get("tuned"),
-        recipe.evaluation.metrics,
-        language=recipe.evaluation.language,
-        conversations=[turn.place for turn in turns],
-    )
+def _general_loss(
+    recipe: Recipe,
+    encoder: ChatEncoder,
+    general: Sequence[tuple[str, Conversation]],
+    models: Sequence[EvaluatedModel],
+) -> GeneralLoss | None:
+    """The loss on general rows; each process takes a share. None: there are no rows."""
+    general = general[: recipe.evaluation.max_samples]
+    turns = list_turns(encodable(general, encoder), encoder)
+    own = own_share(turns)
+    own_columns: dict[ModelName, Columns] = {}
+    batch_size = min(recipe.evaluation.batch_size, GENERAL_BATCH)
+    for each in models if own else ():
+        with generation_mode(each.model, each.adapter_on):
+            own_columns[each.name] = reference_losses(each.model, encoder, own, batch_size, recipe.chat)
+    places, columns = [turn.place for turn in turns], gathered(own, own_columns, turns)
+    return general_loss(places, columns, left_out=len(general) - len(set(places))) if general else None
+
+
+def _write_scores(
+    recipe: Recipe, turns: Sequence[Turn], columns: Mapping[ModelName, Columns], forgotten: GeneralLoss | None
+) -> Scores:
+    scores: Scores = {"rows": 0}
+    if turns:
+        scores = score_answers(
+            [turn.reference for turn in turns],
+            columns.get("base"),
+            columns.get("tuned"),
+            recipe.evaluation.metrics,
+            language=recipe.evaluation.language,
+            conversations=[turn.place for turn in turns],
+        )
+        write_json_lines(recipe.output_dir / "predictions.jsonl", _predictions(turns, columns))
+    if forgotten is not None:
+        scores["general"] = forgotten
     if "tuned" in columns:
         scores["model"] = "final" if recipe.trains_all_weights else recipe.evaluation.model
-    write_json_lines(recipe.output_dir / "predictions.jsonl", _predictions(turns, columns))
     write_json(recipe.output_dir / "scores.json", scores)
     return scores
 

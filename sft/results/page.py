@@ -12,6 +12,7 @@ import yaml
 from sft.files import write_bytes, write_text
 from sft.results.advice import advice
 from sft.results.curves import loss_png, plots
+from sft.results.forgetting import general_line, has_forgotten
 from sft.results.replies import GROUPS, choose_replies
 from sft.results.run_folder import read_run
 from sft.results.words import (
@@ -41,9 +42,11 @@ def write_report(output_dir: Path) -> Path:
         name=output_dir.resolve().name,
         story=story(run),
         advice=advice(run, rows),
-        headline=headline(run.scores, rows) if run.scores else None,
+        headline=headline(run.scores, rows) if run.scores and rows else None,
         score_table=rows,
         scored_model=scored_model(run.scores) if run.scores else "",
+        general=general_line(run.scores["general"]) if run.scores and "general" in run.scores else None,
+        has_forgotten=has_forgotten((run.scores or {}).get("general", {})),
         plots=list(plots(run.log)),
         replies=choose_replies(run),
         groups=GROUPS,

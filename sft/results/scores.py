@@ -57,13 +57,37 @@ class ScoreEntry(TypedDict, total=False):
     reason: str
 
 
-class Scores(TypedDict, total=False):
-    """What scores.json holds. Each dict is by the name of the score; a model that was not scored has none.
+class Loss(TypedDict):
+    """Nats a token, and its 95 % bootstrap interval."""
 
-    model: what "tuned" is, the adapter on the base that it was trained on, or final_model/ beside an unquantised base.
+    score: float
+    low: float
+    high: float
+
+
+class GeneralLoss(TypedDict, total=False):
+    """The loss on all answers of `rows` general rows (forgetting.py).
+
+    left_out: rows that the tokenizer cannot take. difference: tuned - base.
     """
 
     rows: int
+    left_out: int
+    tokens: int
+    base: Loss
+    tuned: Loss
+    difference: Loss
+
+
+class Scores(TypedDict, total=False):
+    """What scores.json holds. Each dict is by the name of the score; a model that was not scored has none.
+
+    rows: answers that were scored; 0 where there was no test split. model: what "tuned" is, the adapter on the base
+    that it was trained on, or final_model/ beside an unquantised base.
+    """
+
+    rows: int
+    general: GeneralLoss
     model: Literal["adapter", "final"]
     language: str
     base: dict[str, ScoreEntry]

@@ -9,6 +9,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from sft.results.curves import curves_of, score_curves
+from sft.results.forgetting import general_line
 from sft.results.replies import GROUPS, Reply, choose_replies, first_of_each_group
 from sft.results.run_folder import read_run
 from sft.results.scores import Scores
@@ -45,6 +46,14 @@ def _loss_lines(log: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def score_lines(scores: Scores) -> Iterator[str]:
+    """The scores, if there was a test split, and what was forgotten, if that was measured."""
+    if scores.get("rows"):
+        yield from _score_table_lines(scores)
+    if "general" in scores:
+        yield textwrap.fill(general_line(scores["general"]), COLUMNS)
+
+
+def _score_table_lines(scores: Scores) -> Iterator[str]:
     """The table of scores, with what is the same for several of them said once."""
     rows = f"{scores.get('rows', 0):,} answers"
     yield f"{'score':<16}{'before':>12}{'after':>12}  {rows}"

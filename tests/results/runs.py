@@ -120,9 +120,9 @@ def scores_of(rows):
     references = [row["reference"] for row in rows]
     base, tuned = ({"predictions": [row[model] for row in rows]} for model in ("base", "tuned"))
     finished = {"finished": [True] * len(rows)}
-    return score_answers(
-        references, base | finished, tuned | finished, ["chrf", "length_ratio", "stop_rate", "perplexity"]
-    )
+    metrics = ["chrf", "length_ratio", "stop_rate", "perplexity"]
+    places = [row["row"] for row in rows]
+    return score_answers(references, base | finished, tuned | finished, metrics, conversations=places)
 
 
 def write_run(folder, **files):

@@ -87,9 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     what.add_argument("--score", action="store_true", help="score a run again, or any model or adapter by override")
     what.add_argument("--export", action="store_true", help="write final_model/ of a run again")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="folders of runs, for a page of them side by side")
+    parser.add_argument("--output", metavar="FOLDER", help="where --compare writes; else output/comparison_...")
     parser.add_argument("--debug", action="store_true", help="log everything")
     options = parser.parse_intermixed_args(arguments)
-    if options.recipe is None:
+    if (options.recipe if options.compare else options.output) is not None:
+        parser.error("--compare takes folders of runs and no recipe" if options.compare else "--output needs --compare")
+    if options.recipe is None and not options.compare:
         parser.error("name a recipe, e.g. recipes/smollm2_cpu.yaml (recipes/ holds ready ones)")
     if options.steps < 0 or (options.steps and not options.check):
         parser.error("--steps N times N steps with --check, e.g. --check --steps 3")
@@ -101,6 +105,11 @@ def run_or_tell(options: argparse.Namespace) -> int:
     """Runs what was asked for; what the user, or the machine, is to mend is told in one message. Returns: exit code."""
     recipe = None
     try:
+        if options.compare:
+            set_up(options.debug)
+            from sft.comparing import compare
+
+            return compare(options.compare, options.output)
         recipe = load_recipe(options.recipe, options.overrides)
         set_up(options.debug)
         import_libraries()

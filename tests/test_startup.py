@@ -45,6 +45,12 @@ def test_help_and_a_wrong_recipe_wait_for_no_library(arguments, code):
     assert not packages & {"torch", "transformers", "datasets", "numpy", "pyarrow", "tokenizers", "jinja2"}
 
 
+def test_a_comparison_of_what_are_no_runs_waits_for_no_library():
+    code, _, packages = after("--compare", "nowhere", "neither")
+    assert code == 2 and "numpy" in packages
+    assert not packages & {"torch", "transformers", "datasets", "evaluate", "matplotlib"}
+
+
 def test_a_check_waits_for_no_scores_and_no_plots_and_collects_garbage_again(small_qwen, tmp_path):
     overrides = [f"model_name_or_path={small_qwen}", f"output_dir={tmp_path}/out", "quantization_config=null"]
     overrides += ["dataset.train=data/demo/validation.jsonl", "dataset.validation=null", "dataset.max_length=640"]

@@ -74,18 +74,19 @@ def score_curves(log: list[dict[str, Any]]) -> dict[str, Curve]:
 
 class Colours(NamedTuple):
     ink: str
-    first: str
-    second: str
+    lines: tuple[str, ...]
 
 
-PAPER = Colours("#1f2328", "#1f5fd0", "#b35900")
-# Stand-ins for what only the page knows: its text colour and, light or dark, its two line colours.
-PAGE = Colours("#010203", "#010204", "#010205")
-CSS = Colours("currentColor", "var(--after)", "var(--before)")
+PAPER = Colours("#1f2328", ("#1f5fd0", "#b35900"))
+# Stand-ins for what only the page knows: its text colour and, light or dark, its line colours.
+PAGE = Colours("#010203", ("#010204", "#010205", "#010206", "#010207", "#010208", "#010209"))
+CSS = Colours("currentColor", ("var(--after)", "var(--before)"))
+RUNS_CSS = Colours("currentColor", tuple(f"var(--run-{letter})" for letter in "abcdef"))
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def draw(curves: dict[str, Curve], title: str, size: tuple[float, float], colours: Colours) -> "Figure":
-    """One plot over the steps: the first curve solid, a second dashed; of many noisy points the running mean too.
+    """One plot over the steps: the first curve solid, others dashed; of many noisy points the running mean too.
 
     Args: size: inches.
     """
@@ -101,19 +102,17 @@ def draw(curves: dict[str, Curve], title: str, size: tuple[float, float], colour
     axes.yaxis.get_offset_text().set_color(colours.ink)
     for side, spine in axes.spines.items():
         spine.set(color=colours.ink, alpha=0.5, visible=side in ("left", "bottom"))
-    styles: list[dict[str, Any]] = [
-        {"color": colours.first},
-        {"color": colours.second, "linestyle": "--", "marker": "o"},
-    ]
     drawn = 0
-    for (name, (steps, values)), style in zip(curves.items(), styles, strict=False):
+    for (name, (steps, values)), colour, dash in zip(curves.items(), colours.lines, DASHES, strict=False):
         if not np.isfinite(values).any():
             continue
-        if len(values) > 60 and name != "learning rate" and not np.isnan(values).any():
-            axes.plot(steps, values, color=style["color"], alpha=0.35, linewidth=0.8)
+        style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": "o" if name == "validation" else ""}
+        if len(values) > 60 and title != "Learning rate" and not np.isnan(values).any():
+            axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8)
             values, name = _running_mean(values, len(values) // 20), f"{name}, running mean"
-        marker = {"marker": "o"} if len(values) < (60 if np.isnan(values).any() else 12) else {}
-        axes.plot(steps, values, **{"linewidth": 1.8, "markersize": 4, "label": name, **marker, **style})
+        if len(values) < (60 if np.isnan(values).any() else 12):
+            style["marker"] = "o"
+        axes.plot(steps, values, linewidth=1.8, markersize=4, label=name, **style)
         drawn += 1
     if not drawn:
         axes.set_axis_off()
@@ -129,7 +128,7 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def svg(figure: "Figure", name: str) -> Markup:
+def svg(figure: "Figure", name: str, css: Colours = CSS) -> Markup:
     """A figure as an <svg> for the page: its colours, no ids that two plots share, nothing about who made it."""
     from matplotlib import rc_context
 
@@ -143,7 +142,7 @@ def svg(figure: "Figure", name: str) -> Markup:
     )
     markup = re.sub(r'<g id="[^"]*"', "<g", markup)
     markup = re.sub(r"font: (?:(\w+) )?([\d.]+px) [^;\"]*", r"font: \1 \2 system-ui, sans-serif", markup)
-    for stand_in, colour in zip(PAGE, CSS, strict=True):
+    for stand_in, colour in zip((PAGE.ink, *PAGE.lines), (css.ink, *css.lines), strict=False):
         markup = markup.replace(stand_in, colour)
     return Markup(markup)
 
@@ -166,6 +165,20 @@ def plots(log: list[dict[str, Any]]) -> Iterator[Plot]:
         captions = [each.caption(name).capitalize() + "." for name, each in curves.items() if len(each.values)]
         figure = draw(curves, title, (4.2, 2.9), PAGE)
         yield Plot(title, " ".join(captions) or "Nothing was logged.", svg(figure, title))
+
+
+def compared_plots(logs: dict[str, list[dict[str, Any]]]) -> Iterator[Plot]:
+    """The curves of several runs over each other. logs: by the name of the run."""
+    for title, key in {
+        "Training loss": "loss",
+        "Validation loss": "eval_loss",
+        "Learning rate": "learning_rate",
+    }.items():
+        curves = {name: curve(log, key) for name, log in logs.items()}
+        caption = ". ".join(each.caption(name) for name, each in curves.items() if len(each.values))
+        yield Plot(
+            title, f"{caption or 'Nothing was logged'}.", svg(draw(curves, title, (4.2, 2.9), PAGE), title, RUNS_CSS)
+        )
 
 
 def loss_png(log: list[dict[str, Any]]) -> bytes:

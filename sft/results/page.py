@@ -1,7 +1,7 @@
-"""report.html and loss.png, from the files of a run's output_dir alone.
+"""report.html and loss.png, from the files of a run's output_dir alone, and the page that compares several runs.
 
-sft/results/page.html is the page. Jinja escapes every value in it, and `plain` takes out what no page or terminal
-should be given. The page has no script and asks for no other file.
+sft/results/page.html is the page; comparison.html, the other, takes its looks from it. Jinja escapes every value in
+them, and `plain` takes out what no page or terminal should be given. They have no script and ask for no other file.
 """
 
 from pathlib import Path
@@ -9,13 +9,16 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from sft.files import write_bytes, write_text
+from sft.files import write_bytes, write_text, writing
 from sft.results.advice import advice
-from sft.results.curves import loss_png, plots
+from sft.results.comparison import LETTERS, Comparison, by_spread
+from sft.results.comparison import headline as comparison_headline
+from sft.results.curves import compared_plots, loss_png, plots
 from sft.results.forgetting import general_line, has_forgotten
 from sft.results.replies import GROUPS, choose_replies
 from sft.results.run_folder import read_run
 from sft.results.words import (
+    direction,
     headline,
     merge_line,
     message_text,
@@ -23,11 +26,14 @@ from sft.results.words import (
     parity_line,
     plain,
     resources,
+    rounded,
     score_table,
     scored_model,
     spelled_out,
     story,
 )
+
+SHOWN = 20  # rows whose answers a comparison shows
 
 
 def write_report(output_dir: Path) -> Path:
@@ -37,7 +43,7 @@ def write_report(output_dir: Path) -> Path:
     """
     run = read_run(output_dir)
     rows = score_table(run.scores) if run.scores else []
-    page = _template().render(
+    page = _template("page.html").render(
         run=run,
         name=output_dir.resolve().name,
         story=story(run),
@@ -61,7 +67,24 @@ def write_report(output_dir: Path) -> Path:
     return output_dir / "report.html"
 
 
-def _template() -> jinja2.Template:
+def write_comparison(comparison: Comparison, folder: Path) -> Path:
+    """Writes comparison.html. Returns: the page. Raises: UserError: it cannot be written."""
+    logs = {letter: run.log for letter, run in zip(LETTERS, comparison.runs, strict=False)}
+    page = _template("comparison.html").render(
+        comparison=comparison,
+        letters=LETTERS[: len(comparison.runs)],
+        headline=comparison_headline(comparison),
+        stories=list(map(story, comparison.runs)),
+        plots=list(compared_plots(logs)),
+        replies=by_spread(comparison.rows)[:SHOWN],
+    )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "comparison.html", page)
+    return folder / "comparison.html"
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -69,5 +92,10 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"spelled_out": spelled_out, "message_text": message_text}
-    return environment.get_template("page.html")
+    environment.filters |= {
+        "spelled_out": spelled_out,
+        "message_text": message_text,
+        "score": rounded,
+        "direction": direction,
+    }
+    return environment.get_template(name)

@@ -75,22 +75,28 @@ def read_run(folder: Path) -> Run:
     """Raises: UserError: there is no training_config.json, or a file is not JSON."""
     config = read_file(folder / "training_config.json")
     if config is None:
-        raise UserError(f"there is no {folder / 'training_config.json'}; a report needs the folder of a run")
+        raise UserError(f"there is no {folder / 'training_config.json'}; name the folder of a run")
     names = ("data_ledger.json", "trainer_state.json", "scores.json", "predictions.jsonl")
     return Run(folder, config, *(read_file(folder / name) for name in names))
 
 
 def read_file(path: Path) -> Any:
     """What a .json or a .jsonl file holds; None: there is none. Raises: UserError: it cannot be read."""
-    lines = path.suffix == ".jsonl"
     try:
-        text = path.read_bytes().decode("utf-8")
-        # Not splitlines: JSON text may hold other line ends, such as U+2028.
-        return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix != ".jsonl":
+        return _parsed(content, str(path))
+    # Not splitlines: JSON text may hold other line ends, such as U+2028.
+    lines = enumerate(content.split(b"\n"), start=1)
+    return [_parsed(line, f"{path}:{number}") for number, line in lines if line.strip()]
+
+
+def _parsed(content: bytes, place: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"))
     except ValueError as error:
-        what = "JSON lines" if lines else "JSON"
-        raise UserError(f"{path} is not {what}: {error}; restore it, or remove it and run the recipe again") from None
+        raise UserError(f"{place} is not JSON: {error}; restore it, or remove it and run the recipe again") from None

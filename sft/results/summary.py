@@ -1,19 +1,20 @@
-"""The summary of a run for the terminal, from the files of its output_dir alone."""
+"""The summary of a run for the terminal, from the files of its output_dir alone, and that of a comparison."""
 
 import textwrap
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
+from sft.results.comparison import LETTERS, Comparison, Difference, headline
 from sft.results.curves import curves_of, score_curves
 from sft.results.forgetting import general_line
 from sft.results.replies import GROUPS, Reply, choose_replies, first_of_each_group
 from sft.results.run_folder import read_run
 from sft.results.scores import Scores
-from sft.results.words import JOINERS, message_text, number, plain, score_table, scored_model, story
+from sft.results.words import JOINERS, message_text, number, plain, rounded, score_table, scored_model, story
 
 COLUMNS = 80  # of the terminal
 
@@ -86,6 +87,52 @@ def _reply_lines(reply: Reply) -> Iterator[str]:
     for label, text in texts:
         if text is not None:
             yield f"  {label:<8}{_fit(text, COLUMNS - 10)}".rstrip()
+
+
+def comparison_summary(comparison: Comparison, page: Path) -> str:
+    """The comparison in at most 80 columns."""
+    runs = zip(LETTERS, comparison.runs, comparison.left_out, strict=False)
+    heads = [
+        f"{letter}  {_fit(str(run.folder), 46)}" + (f"  {left:>6,} answers left out" if left else "")
+        for letter, run, left in runs
+    ]
+    parts = ["\n".join(map(str.rstrip, heads)), _filled(headline(comparison), "")]
+    parts += [_filled(f"note: {note}") for note in comparison.notes]
+    parts.append("\n".join(_compared_lines(comparison)))
+    for title, rows in (
+        ("recipe", comparison.recipe),
+        ("origin", comparison.origin),
+        ("training", comparison.training),
+    ):
+        if rows:
+            parts.append("\n".join([title, *_difference_lines(rows)]))
+    return "\n\n".join([*parts, f"wrote {plain(page)}\nnext: python -m webbrowser {plain(page)}"])
+
+
+def _compared_lines(comparison: Comparison) -> Iterator[str]:
+    yield f"{'score':<16}{'':>4}{'':>8}  95 % interval   against A"
+    for score in comparison.scores:
+        sides = zip(LETTERS, score.entries, [None, *score.against], strict=False)
+        for letter, entry, against in sides:
+            shown = rounded(entry, score.entries) or ("-", "")
+            line = f"  {_fit(score.name if letter == 'A' else '', 14)}{letter:>4}{shown[0]:>8}  {_fit(shown[1], 14)}"
+            line += f"  {against.verdict}" if against else ""
+            yield _filled(line.rstrip(), " " * 46)
+
+
+def _difference_lines(rows: Sequence[Difference]) -> Iterator[str]:
+    for key, values in rows:
+        sides = [f"{letter} {value}" for letter, value in zip(LETTERS, values, strict=False)]
+        line = f"  {key:<28}  {'  '.join(f'{side:<12}' for side in sides)}".rstrip()
+        if cell_len(line) <= COLUMNS:
+            yield plain(line)
+        else:
+            yield f"  {_fit(key, COLUMNS - 2)}".rstrip()
+            yield from (f"     {_fit(side, COLUMNS - 5)}".rstrip() for side in sides)
+
+
+def _filled(text: str, indent: str = "  ") -> str:
+    return textwrap.fill(plain(text), COLUMNS, subsequent_indent=indent)
 
 
 def _fit(text: str, columns: int) -> str:

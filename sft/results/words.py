@@ -251,24 +251,34 @@ def score_table(scores: Scores) -> list[ScoreRow]:
     return [_score_row(name, scores, base.get(name), tuned.get(name)) for name in {**base, **tuned}]
 
 
+def direction(higher_is_better: bool | None) -> str:
+    """
+    >>> direction(True)
+    'higher is better'
+    """
+    if higher_is_better is None:
+        return "neither is better"
+    return "higher is better" if higher_is_better else "lower is better"
+
+
+def rounded(entry: ScoreEntry | None, beside: Sequence[ScoreEntry]) -> tuple[str, str] | None:
+    """(score, interval) with as many digits as the scores beside it; None: there is no score."""
+    score = _score(entry)
+    if entry is None or score is None:
+        return None
+    digits = 1 if max(abs(_score(each) or 0) for each in beside) >= 10 else 2
+    low, high = entry.get("low"), entry.get("high")
+    interval = "" if low is None or high is None else f"{low:,.{digits}f}–{high:,.{digits}f}"
+    return f"{score:,.{digits}f}", interval
+
+
 def _score_row(name: str, scores: Scores, before: ScoreEntry | None, after: ScoreEntry | None) -> ScoreRow:
     entries = [entry for entry in (before, after) if entry]
-    sizes = [abs(score) for score in map(_score, entries) if score is not None]
-    digits = 1 if max(sizes, default=0) >= 10 else 2
-
-    def rounded(entry: ScoreEntry | None) -> tuple[str, str] | None:
-        score = _score(entry)
-        if entry is None or score is None:
-            return None
-        low, high = entry.get("low"), entry.get("high")
-        interval = "" if low is None or high is None else f"{low:,.{digits}f}–{high:,.{digits}f}"
-        return f"{score:,.{digits}f}", interval
-
     higher = (scores.get("higher_is_better") or {}).get(name)
-    direction = "neither is better" if higher is None else "higher is better" if higher else "lower is better"
     outcome, verdict = _verdict(name, scores, before, after)
     signatures = [entry["signature"] for entry in entries if _score(entry) is not None and entry.get("signature")]
-    return ScoreRow(name, direction, rounded(before), rounded(after), outcome, verdict, next(iter(signatures), ""))
+    sides = rounded(before, entries), rounded(after, entries)
+    return ScoreRow(name, direction(higher), *sides, outcome, verdict, next(iter(signatures), ""))
 
 
 def _score(entry: ScoreEntry | None) -> float | None:

@@ -164,7 +164,10 @@ def test_score_and_export_verbs_redo_their_part_of_a_run(qlora_run):
     before = (output / "scores.json").read_text(encoding="utf-8")
     (output / "scores.json").unlink()
     assert run_sft.main([*arguments, "--score"]) == 0
-    assert (output / "scores.json").read_text(encoding="utf-8") == before
+    again, first = (json.loads(text) for text in ((output / "scores.json").read_text(encoding="utf-8"), before))
+    for name in ("base", "tuned", "difference"):  # a 4-bit model that has trained computes in other roundings
+        assert again["general"].pop(name) == pytest.approx(first["general"].pop(name), abs=0.01)
+    assert again == first
     weights = (output / "final_model/model.safetensors").read_bytes()
     (output / "final_model/model.safetensors").unlink()
     (output / "report.html").unlink()

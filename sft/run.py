@@ -25,7 +25,7 @@ from sft.data.splits import Data, first_conversations, prepare
 from sft.errors import UserError
 from sft.faults import memory_advice
 from sft.files import write_json, writing
-from sft.model.load import check_targets, checkpoint_dtype, load_model, load_trained, meta_model
+from sft.model.load import check_quantisation, check_targets, checkpoint_dtype, load_model, load_trained, meta_model
 from sft.model.lora import add_lora
 from sft.model.lora_init import changes_base
 from sft.model.machine import check_machine, peak_memory_bytes, use_cpu
@@ -108,6 +108,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     if quantization.get("load_in_4bit") and "bnb_4bit_quant_type" not in quantization:
         say("4 bits are fp4, bitsandbytes' default; nf4 is more exact: quantization_config.bnb_4bit_quant_type: nf4")
     more_is_better(recipe)
+    check_quantisation(recipe)
     model = meta_model(recipe)
     if model.config.model_type == "chatglm" and not hasattr(tokenizer, "encode_conversation"):
         raise recipe.error("model_name_or_path", "is of ChatGLM's family but not ChatGLM3; use its -hf release")

@@ -52,6 +52,24 @@ def meta_model(recipe: Recipe) -> PreTrainedModel:
         raise recipe.error("model_name_or_path", f"is no causal language model: {first_line(error)}") from None
 
 
+# Bases whose files are quantised in what nothing can train: transformers widens them as it reads them.
+WIDENED = {"mxfp4": transformers.Mxfp4Config, "fp8": transformers.FineGrainedFP8Config}
+
+
+def stored_in(recipe: Recipe) -> str | None:
+    """How the base's own files are quantised, e.g. mxfp4; None: they are not."""
+    stored = getattr(load_config(recipe), "quantization_config", None) or {}
+    return dict(stored).get("quant_method")
+
+
+def check_quantisation(recipe: Recipe) -> None:
+    """Raises: RecipeError: the base's files are quantised, and the recipe would quantise them otherwise."""
+    method = stored_in(recipe)
+    if recipe.quantization_config and method not in (None, "bitsandbytes"):
+        what = f"the files of {recipe.model_name_or_path} are quantised already ({method}); take this section out"
+        raise recipe.error("quantization_config", f"{what}, or name an unquantised copy of the model")
+
+
 def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
     """Refuses target modules that the model does not have. Raises: RecipeError."""
     config = recipe.lora_config or {}
@@ -115,7 +133,9 @@ def load_model(
     """
     check_machine(recipe)
     options = _options(recipe, training)
-    if quantised and recipe.quantization_config:
+    if (method := stored_in(recipe)) in WIDENED:
+        options["quantization_config"] = WIDENED[method](dequantize=True)
+    elif quantised and recipe.quantization_config:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**recipe.quantization_config)
         # Quantised weights are made on the device where they stay.
         options.setdefault("device_map", {"": local_device(recipe)})

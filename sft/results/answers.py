@@ -169,18 +169,25 @@ def generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_i
 def generation_mode(model: CausalLM, adapter_on: bool) -> Iterator[None]:
     """The model in eval mode, without its own generation defaults; adapter_on: False switches a LoRA off.
 
-    Gradient checkpointing stays as it is: in eval mode no layer does it.
+    Gradient checkpointing stays as it is: in eval mode no layer does it. Router logits, which trl asks a mixture of
+    experts for, are left out: with a cache the balance of one token is taken by the mask of all, and that fails.
     """
     inner = cast(PreTrainedModel, base_of(model))
     adapter = model.disable_adapter() if isinstance(model, PeftModel) and not adapter_on else nullcontext()
     training, defaults = model.training, inner.generation_config
+    text: Any = inner.config.get_text_config()
+    router_logits = getattr(text, "output_router_logits", None)
     inner.generation_config = GenerationConfig()  # generate() would fill what ours leaves open with these
+    if router_logits:
+        text.output_router_logits = False
     try:
         with adapter, torch.no_grad():  # not inference_mode: a model that trains on may keep tensors made here
             model.eval()
             yield
     finally:
         inner.generation_config = defaults
+        if router_logits:
+            text.output_router_logits = router_logits
         model.train(training)
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from sft import processes
 from sft.data.ledger import Ledger
@@ -22,6 +23,7 @@ from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, glm_tensors
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
 from sft.model.machine import default_dtype
+from sft.model.source import local_or_hub, source_options
 from sft.processes import say
 from sft.recipe import Recipe
 from sft.results.certificate import Certificate, certify
@@ -169,10 +171,22 @@ def _save_pretrained(
     if model.config.model_type != "chatglm":
         model.save_pretrained(folder, state_dict=None if weights else {})
         tokenizer.save_pretrained(folder)
+        _copy_processor(recipe, model, folder)
     elif recipe.export.format == "chatglm":
         save_chatglm(cast(ChatGLMForCausalLM, model), recipe.model_name_or_path, folder, weights)
     else:
         save_glm(cast(ChatGLMForCausalLM, model), cast(ChatGLMTokenizer, tokenizer), folder, weights)
+
+
+def _copy_processor(recipe: Recipe, model: PreTrainedModel, folder: Path) -> None:
+    """How images become numbers, of a model that also takes these (Gemma 3): servers do not start without."""
+    if not hasattr(model.config, "vision_config"):
+        return
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        options: Any = {"_raise_exceptions_for_missing_entries": False, **source_options(recipe)}
+        options.pop("trust_remote_code", None)
+        if file := cached_file(local_or_hub(recipe.model_name_or_path), name, **options):
+            shutil.copyfile(file, folder / name)
 
 
 def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> None:
@@ -184,6 +198,9 @@ def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_
         config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
     model.config.use_cache = True
+    text: Any = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):  # trl's, for training: with a cache they fail
+        text.output_router_logits = False
 
 
 def weights_digest(recipe: Recipe, folder: Path | None = None) -> str:

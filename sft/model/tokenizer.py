@@ -24,7 +24,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises: RecipeError: it is not there, or it has no chat template, or one that does not read chat.variables.
     """
-    load_config(recipe)  # which the tokenizer reads too: what is wrong with it is told as such
+    config = load_config(recipe)  # which the tokenizer reads too: what is wrong with it is told as such
     options = source_options(recipe)
     source = local_or_hub(recipe.model_name_or_path)
     try:
@@ -59,7 +59,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         )
     if recipe.chat.variables:
         _set_defaults(recipe, tokenizer)
-    if tokenizer.pad_token_id is None:
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer.pad_token_id is None or (vocabulary is not None and tokenizer.pad_token_id >= vocabulary):
         tokenizer.pad_token = tokenizer.eos_token  # only fills: labels and attention never look at it
     tokenizer.padding_side = "right"
     return tokenizer

@@ -26,7 +26,7 @@ from sft.data.chat_template import ChatTemplate
 from sft.data.control_tokens import ControlTokens, added_token_pattern
 from sft.data.conversation import Conversation, Message, Tools, assistant_turns
 from sft.data.history import History
-from sft.data.reasoning import Reasoning
+from sft.data.reasoning import Reasoning, forms_not_written, leaves_out
 from sft.data.template_probe import probe_template
 from sft.data.turn_reader import Shape, Turn, TurnReader
 from sft.errors import ControlTokenError, FormatError, ModelError
@@ -109,6 +109,7 @@ class ChatEncoder:
         self._reader = TurnReader(self.render, self.control, self._rust)
         self._history = History(template, self.control.pattern)
         self._reasoning = Reasoning(tokenizer, self.render) if after_thinking else None
+        self._not_written = forms_not_written(self.render)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it was made of: a compiled template cannot be."""
@@ -253,6 +254,10 @@ class ChatEncoder:
         if shape is None and self.control.find(messages, tools):
             messages, tools, _ = self.control.split_spelled(messages, tools)
         return self._history.is_rewritten(Conversation(messages, tools), shape)
+
+    def leaves_out_reasoning(self, conversation: Conversation) -> bool:
+        """Whether an answer has reasoning that the template does not write even where it is the last."""
+        return not self.native and leaves_out(self._not_written, conversation)
 
     def render_batch(
         self,

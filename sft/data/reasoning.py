@@ -1,4 +1,4 @@
-"""Where the reasoning of an answer ends, for chat.loss_on: after_thinking.
+"""Where the reasoning of an answer ends, for chat.loss_on: after_thinking, and whether a template writes it at all.
 
 <think>⏎He asks for a greeting.⏎</think>⏎⏎Aye.<|im_end|>
                                           ^ loss begins here: after the end of the block and its line breaks
@@ -6,17 +6,47 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.answer_spans import Render
-from sft.data.control_tokens import added_token_pattern, unused_character
-from sft.data.conversation import Conversation, Message
+from sft.data.control_tokens import PRIVATE_USE, added_token_pattern, unused_character
+from sft.data.conversation import Conversation, Message, assistant_turns
 from sft.data.turn_reader import Turn
+from sft.errors import FormatError
 
 FIELDS = ("reasoning_content", "reasoning", "thinking")  # the names that transformers knows  pinned: transformers
 OPEN, CLOSE = "<think>", "</think>"
+NOT_WRITTEN = "rows with reasoning that the chat template writes in no answer: it is not trained; see chat.template"
+
+
+def forms_not_written(render: Render) -> set[str]:
+    """In which forms reasoning is left out of even the last answer: of FIELDS, and CLOSE for a block in the content.
+
+    DeepSeek-R1's distillations have such a template, and no model without reasoning reads the fields.
+    """
+    mark, user = PRIVATE_USE[-1], {"role": "user", "content": "a"}
+    answers: dict[str, Message] = {field: {"role": "assistant", "content": "b", field: mark} for field in FIELDS}
+    answers[CLOSE] = {"role": "assistant", "content": f"{OPEN}\n{mark}\n{CLOSE}\n\nb"}
+    left_out = set()
+    for form, answer in answers.items():
+        with suppress(FormatError):  # it takes no such dialogue; a row of its kind says so
+            if mark not in render([user, answer], None):
+                left_out.add(form)
+    return left_out
+
+
+def leaves_out(left_out: set[str], conversation: Conversation) -> bool:
+    """Whether reasoning of an answer that carries loss is in no form that the template writes."""
+    for k in set(assistant_turns(conversation.messages)) - conversation.untrained:
+        message = conversation.messages[k]
+        forms = {field for field in FIELDS if message.get(field)}
+        forms |= {CLOSE} if CLOSE in (message.get("content") or "") else set()
+        if forms and forms <= left_out:
+            return True
+    return False
 
 
 class Reasoning:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from sft.data.chat import ChatEncoder, Encoded
 from sft.data.conversation import Conversation, assistant_turns
 from sft.data.examples import REWRITTEN, ExampleMaker, Examples
+from sft.data.reasoning import NOT_WRITTEN
 from sft.data.row_formats import RowReader
 from sft.data.signatures import signatures, text_of
 from sft.data.turn_reader import Turn
@@ -249,7 +250,7 @@ class FileTokeniser:
                 for row in made[1:]:
                     digest.update(row.input_ids.data)
                 hashes += [digest.digest()] * len(made)
-                self._count(made, examples.is_rewritten)
+                self._count(made, examples)
                 if self._signatures:
                     said += [text_of(examples.conversation.messages)] * len(made)
         if self._signatures:
@@ -273,7 +274,7 @@ class FileTokeniser:
             schema=SCHEMA,
         )
 
-    def _count(self, made: list[TokenRow], is_rewritten: bool) -> None:
+    def _count(self, made: list[TokenRow], examples: Examples) -> None:
         """Counts a row that is used, by its examples."""
         self._used += 1
         self._made += len(made)
@@ -284,8 +285,10 @@ class FileTokeniser:
             self._trimmed.append(made[0].line)
         if untrained := sum(row.untrained for row in made):
             self._notes[UNTRAINED] += untrained
-        if is_rewritten:
+        if examples.is_rewritten:
             self._notes[REWRITTEN] += 1
+        if self._encoder.leaves_out_reasoning(examples.conversation):
+            self._notes[NOT_WRITTEN] += 1
         for note in made[0].notes if len(made) == 1 else dict.fromkeys(note for row in made for note in row.notes):
             self._notes[note] += 1
 

@@ -178,7 +178,7 @@ def test_answers_are_what_carries_loss_each_with_a_stop_token(run):
     assert not any(word in text for text in trained for word in ("Who are you", "your work", "Do you sleep"))
 
 
-# ----------------------------------------------------------------------------------------- what recipes say of themselves
+# --------------------------------------------------------------------------------------- what recipes say of themselves
 
 
 def training_gb(path: Path) -> float:

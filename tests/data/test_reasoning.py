@@ -1,6 +1,7 @@
 """chat.loss_on: after_thinking: loss begins behind an answer's reasoning; an answer without any keeps all of it."""
 
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -14,6 +15,7 @@ from tests.data.test_examples import OTHERS, tokenizer_of
 from tests.families import FAMILIES, build, conversations, trained
 
 Q = {"role": "user", "content": "Hi."}
+R1 = Path(__file__).resolve().parents[2] / "recipes/deepseek_r1_distill.jinja"
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 
 
@@ -136,3 +138,36 @@ def test_both_paths_agree_and_only_the_beginnings_of_answers_move(name):
                 assert tokenizer.decode(one.input_ids[:begin]).rstrip("\n").count("<think>")
                 moved += 1
     assert (moved > 20) == ("qwen3" in name), moved
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "is_left_out"),
+    [
+        ("deepseek_r1_distill", answer("<think>\nHm.\n</think>\n\nAye."), True),
+        ("deepseek_r1_distill", answer("Aye.", reasoning_content="Hm."), True),
+        ("deepseek_r1_distill", answer("Aye."), False),
+        ("qwen2_5", answer("<think>\nHm.\n</think>\n\nAye."), False),
+        ("qwen2_5", answer("Aye.", reasoning_content="Hm."), True),
+        ("qwen3", answer("Aye.", reasoning_content="Hm."), False),
+    ],
+)
+def test_reasoning_that_a_template_writes_in_no_answer_is_noticed(name, message, is_left_out):
+    encoder = ChatEncoder(build(FAMILIES[name], "bytes"))
+    assert encoder.leaves_out_reasoning(Conversation([Q, message])) is is_left_out
+    assert not encoder.leaves_out_reasoning(Conversation([Q, message], None, frozenset({1})))  # a mere context
+
+
+def test_template_of_the_r1_recipe_trains_reasoning_and_prompts_as_the_models_own():
+    own = build(FAMILIES["deepseek_r1_distill"], "bytes")
+    ours = build(FAMILIES["deepseek_r1_distill"], "bytes")
+    ours.chat_template = R1.read_text(encoding="utf-8")
+    thought, fielded, plain = (
+        answer("<think>\nHm.\n</think>\n\nAye."), answer("Aye.", reasoning_content="Hm."), answer("Aye."),
+    )  # fmt: skip
+    assert supervised(ours, [Q, thought]) == supervised(ours, [Q, fielded]) == ["Aye.<｜end▁of▁sentence｜>"]
+    ids, turns, _ = ChatEncoder(ours).encode([Q, thought])
+    assert [ours.decode(ids[a:b]) for a, b in turns] == ["Hm.\n</think>\n\nAye.<｜end▁of▁sentence｜>"]
+    ids, turns, _ = ChatEncoder(ours).encode([Q, plain])
+    assert [ours.decode(ids[a:b]) for a, b in turns] == ["\n</think>\n\nAye.<｜end▁of▁sentence｜>"]
+    for history in ([Q], [{"role": "system", "content": "S\n"}, Q, thought, Q], [Q, plain, Q]):
+        assert ChatEncoder(ours).encode_prompt(history) == ChatEncoder(own).encode_prompt(history)

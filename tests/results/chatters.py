@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import sft.results.answers
@@ -48,6 +50,17 @@ RANDOM_MODELS = {
     "qwen3": (Qwen2ForCausalLM, Qwen2Config, "qwen3", "bytes"),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, "gemma3", "gemma"),
     "phi3": (Phi3ForCausalLM, Phi3Config, "phi3", "metaspace"),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, "qwen2_5", "bytes"),
+}
+OWN_SIZES = {
+    "gemma3": {"head_dim": 8, "sliding_window": 12, "tie_word_embeddings": False},
+    # As trl leaves a model whose router it has balanced.
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "output_router_logits": True,
+    },
 }
 
 
@@ -66,9 +79,8 @@ def random_chatter(name: str) -> Chatter:
     tokenizer = build(FAMILIES[template], kind)
     tokenizer.pad_token = tokenizer.eos_token
     torch.manual_seed(0)
-    extra = {"head_dim": 8, "sliding_window": 12, "tie_word_embeddings": False} if name == "gemma3" else {}
-    eos = tokenizer.eos_token_id
-    model = model_class(config_class(vocab_size=len(tokenizer), eos_token_id=eos, **SIZE | extra)).eval()
+    sizes = SIZE | OWN_SIZES.get(name, {})
+    model = model_class(config_class(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)).eval()
     return Chatter(model, ChatEncoder(tokenizer))
 
 

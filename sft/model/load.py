@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 import sft.model.chatglm3  # noqa: F401 - registers ChatGLM3 with the Auto classes
 from sft.errors import UserError
@@ -53,7 +54,7 @@ def meta_model(recipe: Recipe) -> PreTrainedModel:
 
 
 # Bases whose files are quantised in what nothing can train: transformers widens them as it reads them.
-WIDENED = {"mxfp4": transformers.Mxfp4Config, "fp8": transformers.FineGrainedFP8Config}
+WIDENED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 
 def stored_in(recipe: Recipe) -> str | None:

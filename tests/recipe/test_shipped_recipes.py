@@ -218,15 +218,22 @@ def test_memory_of_a_header_is_that_of_the_estimate():
 # --------------------------------------------------------------------------------------------- bases of quantised files
 
 
-def test_base_in_fp8_is_widened_and_not_quantised_again(tmp_path):
+def test_base_in_fp8_is_widened_and_not_quantised_again(tmp_path, monkeypatch):
     make(MODELS["Qwen/Qwen3-8B"], tmp_path)
     before = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     put_in_fp8(tmp_path)
     path, base = ROOT / "recipes/qwen3_thinking.yaml", f"model_name_or_path={tmp_path}"
+    asked, read = [], AutoModelForCausalLM.from_pretrained
+
+    def spy(*args, quantization_config=None, **options):
+        asked.append(quantization_config.dequantize)  # said: without a GPU transformers does so by itself
+        return read(*args, quantization_config=quantization_config, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
     weight = load_model(load_recipe(path, [base, "model_init.dtype=float32"])).get_parameter(
         "model.layers.0.mlp.up_proj.weight"
     )
-    assert weight.dtype is torch.float32
+    assert asked == [True] and weight.dtype is torch.float32
     assert torch.equal(weight, before.to(torch.float8_e4m3fn).float())
     with pytest.raises(RecipeError, match=r"are quantised already \(fp8\); take this section out"):
         check_quantisation(load_recipe(path, [base, "quantization_config={load_in_8bit: true}"]))

@@ -91,7 +91,22 @@ def expand(source: Source, recipe: Recipe, key: str) -> list[DataFile]:
     is_hub_id = source.path.count("/") <= 1 if has_split else source.path.count("/") == 1 and not path.suffix
     if hint or not is_hub_id or source.path.startswith((".", "/", "~")):
         raise recipe.error(key, f"there is no file {source.path} (working directory: {Path.cwd()}){hint}")
-    return [dataset]
+    return [
+        dataset if recipe.hub == "huggingface" else dataset._replace(path=_from_modelscope(source.path, recipe, key))
+    ]
+
+
+def _from_modelscope(name: str, recipe: Recipe, key: str) -> str:
+    """The folder of a data set that ModelScope's library has fetched. Raises: RecipeError: it cannot."""
+    try:
+        from modelscope.hub.snapshot_download import dataset_snapshot_download
+
+        return str(dataset_snapshot_download(name))
+    except ImportError:
+        raise recipe.error("hub", "modelscope is fetched by its own library: pip install modelscope") from None
+    except Exception as error:  # whatever it raises, it is about this name or the network
+        what = f"there is no file {name}, and ModelScope does not give it: {str(error).splitlines()[0][:300]}"
+        raise recipe.error(key, what) from None
 
 
 def read_rows(file: DataFile) -> Rows:
@@ -353,7 +368,7 @@ def _not_given(dataset: HubDataset, error: Exception) -> str:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
     if Path(dataset.path).is_dir():
         return f"{dataset}: datasets.load_dataset cannot read this folder: {reason}"
-    return f"{dataset}: is no file here, and the hub does not give it: {reason}"
+    return f"{dataset}: is no file here, and {HfApi().endpoint} does not give it: {reason}"
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -22,11 +22,12 @@ from sft.recipe import Recipe
 def load_config(recipe: Recipe) -> transformers.PretrainedConfig:
     """Raises: RecipeError: the model's configuration is not known to transformers."""
     options = source_options(recipe)
-    generation = Path(recipe.model_name_or_path).expanduser() / "generation_config.json"
+    source = local_or_hub(recipe.model_name_or_path, recipe, weights=False)
+    generation = Path(source) / "generation_config.json"
     try:
         if generation.is_file():  # of one that is no JSON from_pretrained says nothing, and makes its own
             json.loads(generation.read_text(encoding="utf-8"))
-        return AutoConfig.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
+        return AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # whatever the library makes of a file that is not what it should be
         if "trust_remote_code" in str(error):
             what = "needs code of its own to load; if you trust it, set model_init.trust_remote_code: true"
@@ -148,7 +149,7 @@ def load_model(
         else:
             with _read_by_first(False):
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    local_or_hub(recipe.model_name_or_path), output_loading_info=True, **options
+                    local_or_hub(recipe.model_name_or_path, recipe), output_loading_info=True, **options
                 )
             model = loaded[0]
             _refuse_random_weights(recipe, model, loaded[1]["missing_keys"])
@@ -178,7 +179,7 @@ def _refuse_random_weights(recipe: Recipe, model: PreTrainedModel, missing: set[
 
 def _why_not(recipe: Recipe, error: Exception) -> str:
     """Why a model does not load, where its folder tells better than the libraries."""
-    folder = Path(recipe.model_name_or_path).expanduser()
+    folder = Path(local_or_hub(recipe.model_name_or_path, recipe))
     weights = list(folder.glob("*.safetensors"))
     if not weights and list(folder.glob("*.bin")) and recipe.model_init.get("use_safetensors") is not False:
         return "its weights are a pickle; to read it, as weights only, set model_init.use_safetensors: false"
@@ -196,7 +197,7 @@ def load_on_meta(recipe: Recipe) -> tuple[PreTrainedModel, set[str]]:
     options = _options(recipe)
     options |= {"device_map": "meta", "output_loading_info": True}
     with _load_errors(recipe), _read_by_first(False):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path), **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(local_or_hub(recipe.model_name_or_path, recipe), **options)
     model, info = loaded
     return model, info["missing_keys"]
 

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft.errors import ModelError
 from sft.model.lora_init import changes_base, note_start, start_from_quantisation_error
-from sft.model.source import find_model, first_line, refuse_damaged
+from sft.model.source import find_model, first_line, local_or_hub, refuse_damaged
 from sft.recipe import PEFT_TYPES, Recipe
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -76,7 +76,7 @@ def load_adapter(
                     f"lora_config.{option}",
                     f"is {value}, and the adapter {name} has {adapter_value}; make it equal, or remove it",
                 )
-    folder = Path(name).expanduser()
+    folder = Path(local_or_hub(name, recipe, key))
     if folder.is_dir() and not (folder / WEIGHTS).is_file():
         if not (folder / PICKLE).is_file():
             raise recipe.error(key, f"the folder {name} holds no {WEIGHTS}; fetch the whole adapter again")
@@ -98,7 +98,7 @@ def load_adapter(
 def read_adapter_config(name: str, recipe: Recipe, key: str = "adapter_name_or_path", **reach: Any) -> PeftConfig:
     """Raises: RecipeError: it cannot be read, or it is of a kind that is not taken up."""
     try:
-        config = PeftConfig.from_pretrained(str(Path(name).expanduser()), **reach)
+        config = PeftConfig.from_pretrained(local_or_hub(name, recipe, key), **reach)
     except Exception as error:  # whatever peft makes of a file that is not what it should be
         what = f"{name}: its adapter_config.json does not load: {first_line(error)}"
         raise recipe.error(key, what) from None

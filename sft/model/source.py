@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sft.files import damage
 from sft.recipe import Recipe
 
 HUB_TIMEOUT_SECONDS = 10
+OTHER_FORMATS, PICKLES = ("*.gguf", "*.onnx"), ("*.bin", "*.pt", "*.pth")  # what is not fetched of ModelScope's files
 MAX_SAID = 400  # characters of a library's words in an error; some list hundreds of classes
 
 
@@ -34,23 +36,67 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
     fetch = recipe.is_elsewhere(name) or fetch
     if looks_local:
         raise recipe.error(key, f"there is no folder {name} (working directory: {Path.cwd()}){fetch}")
-    revision, cache = recipe.model_init.get("revision"), recipe.model_init.get("cache_dir")
-    if _is_hub_id(name) and isinstance(try_to_load_from_cache(name, file, cache, revision), str):
-        offline = not _hub_answers(name, revision)
-        return {"local_files_only": True} if offline else {}
+    if recipe.hub == "modelscope":
+        if not (Path(_from_modelscope(name, recipe, key, weights=False)) / file).is_file():
+            raise recipe.error(key, f"{name} of ModelScope holds no {file}; it is not {_what(key)}")
+        return {}
+    revision, cache_dir = recipe.model_init.get("revision"), recipe.model_init.get("cache_dir")
+    error = _asked(name, revision, HfApi().endpoint)
+    if error is None:
+        return {}
+    if _is_hub_id(name) and isinstance(try_to_load_from_cache(name, file, cache_dir, revision), str):
+        return {"local_files_only": True}
+    raise recipe.error(key, f"there is no folder {name}, and {_refusal(name, error)}{fetch}")
+
+
+@cache
+def _asked(name: str, revision: str | None, endpoint: str) -> Exception | None:
+    """What the hub at this address has against a model; asked once in a run."""
     try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-    except HFValidationError:
-        raise recipe.error(key, f"there is no folder {name}, and a hub id is user/name{fetch}") from None
-    except HfHubHTTPError as error:
+        HfApi(endpoint).model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception as error:  # whatever the hub client raises, it is about this name or the network
+        return error
+    return None
+
+
+def _refusal(name: str, error: Exception) -> str:
+    if isinstance(error, HFValidationError):
+        return "a hub id is user/name"
+    if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", "an error")
         gated = "; log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else ""
-        raise recipe.error(key, f"the model hub answers {status} for {name}{gated}{fetch}") from None
-    except Exception as error:  # no network, a proxy, an impossible name: all one to the user
-        raise recipe.error(
-            key, f"there is no folder {name}, and the model hub cannot be reached ({error}){fetch}"
-        ) from None
-    return {}
+        return f"{HfApi().endpoint} answers {status} for it{gated}"
+    return (
+        f"{HfApi().endpoint} cannot be reached: {first_line(error).rstrip('.')}; give a folder, or set the environment "
+        "variable HF_ENDPOINT to a mirror's address, or hub: modelscope in the recipe"
+    )
+
+
+def _from_modelscope(name: str, recipe: Recipe, key: str, weights: bool) -> str:
+    """The folder of a model or adapter that ModelScope's library has fetched. Raises: RecipeError: it cannot."""
+    pickles = recipe.model_init.get("use_safetensors") is False
+    left_out = OTHER_FORMATS + (() if weights and pickles else PICKLES) + (() if weights else ("*.safetensors",))
+    try:
+        return _fetched(name, recipe.model_init.get("revision"), recipe.model_init.get("cache_dir"), left_out)
+    except ImportError:
+        raise recipe.error("hub", "modelscope is fetched by its own library: pip install modelscope") from None
+    except Exception as error:  # whatever it raises, it is about this name or the network
+        what = f"there is no folder {name}, and ModelScope does not give it: {first_line(error)}"
+        raise recipe.error(key, what) from None
+
+
+@cache
+def _fetched(name: str, revision: str | None, cache_dir: str | None, left_out: tuple[str, ...]) -> str:
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "ignore_file_pattern": list(left_out)}
+    try:
+        return str(snapshot_download(name, **options))
+    except Exception as error:
+        try:
+            return str(snapshot_download(name, local_files_only=True, **options))  # fetched earlier, no network now
+        except Exception:
+            raise error from None
 
 
 LFS_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in the place of a file
@@ -61,7 +107,7 @@ def refuse_damaged(name: str, recipe: Recipe, key: str = "model_name_or_path") -
 
     Of one that is not of a run of ours the formats tell a file that was cut off, but not another value of a weight.
     """
-    folder = Path(name).expanduser()
+    folder = Path(local_or_hub(name, recipe, key))
     for file in folder.glob("*.safetensors"):
         with open(file, "rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -85,17 +131,16 @@ def _what(key: str) -> str:
     return "an adapter" if key == "adapter_name_or_path" else "a model"
 
 
-def _hub_answers(name: str, revision: str | None) -> bool:
-    try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception:  # the cached copy serves then
-        return False
-    return True
+def local_or_hub(name: str, recipe: Recipe, key: str = "model_name_or_path", weights: bool = True) -> str:
+    """What from_pretrained takes: a folder, that of what ModelScope gives included, or the id of the Hugging Face hub.
 
-
-def local_or_hub(name: str) -> str:
+    Args: weights: whether ModelScope need give these too.
+    Raises: RecipeError: ModelScope does not give it.
+    """
     folder = Path(name).expanduser()
-    return str(folder) if folder.is_dir() else name
+    if folder.is_dir():
+        return str(folder)
+    return name if recipe.hub == "huggingface" else _from_modelscope(name, recipe, key, weights)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -26,7 +26,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     config = load_config(recipe)  # which the tokenizer reads too: what is wrong with it is told as such
     options = source_options(recipe)
-    source = local_or_hub(recipe.model_name_or_path)
+    source = local_or_hub(recipe.model_name_or_path, recipe, weights=False)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
         if type(tokenizer).__name__ == "MistralCommonBackend":  # has neither offsets nor a chat template

@@ -137,6 +137,10 @@ class ExportOptions:
 
     merge: bool = option(True, "write final_model/, the adapter merged onto the unquantised base")
     format: Literal["glm", "chatglm"] | None = option(None, "layout of an exported ChatGLM3; null: glm")
+    push_to_hub: str | None = option(
+        None, "user/name: uploads final_model/ at the end, or lora_adapter/ if unmerged", minLength=1
+    )
+    private: bool = option(True, "whether a repository that push_to_hub makes is private")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +151,7 @@ class Recipe:
     model_name_or_path: str = option(
         description="a hub id or a local folder", minLength=1, examples=["Qwen/Qwen2.5-7B-Instruct"]
     )
+    hub: Literal["huggingface", "modelscope"] = option("huggingface", "where hub ids are looked up; docs/serving.md")
     adapter_name_or_path: str | None = option(None, "go on from an existing LoRA adapter", minLength=1)
     output_dir: Path = option(description="the folder of the run", minLength=1, examples=["output/qwen_qlora"])
     resume_from_checkpoint: bool | str = option(

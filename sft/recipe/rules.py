@@ -109,6 +109,12 @@ def _evaluated_model(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _push_to_hub(recipe: Recipe) -> Iterator[Problem]:
+    name = recipe.export.push_to_hub
+    if name is not None and not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", name, re.ASCII):
+        yield "export.push_to_hub", f"found {spell(name)}; give user/name, of letters, digits, '-', '_' and '.'"
+
+
 def _splits(recipe: Recipe) -> Iterator[Problem]:
     dataset = recipe.dataset
     shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(dataset, name), float)}
@@ -197,6 +203,7 @@ _RULES: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     validation,
     _evaluation_during_training,
     _evaluated_model,
+    _push_to_hub,
     _splits,
     _columns,
     _templates,

@@ -95,7 +95,8 @@ def save_adapter(recipe: Recipe) -> Path:
     adapter = recipe.output_dir / "lora_adapter"
     with output_folder(adapter) as folder:
         for file in staging(recipe).iterdir():
-            if file.name != "training_args.bin":  # a pickle; training_config.json says it all
+            # A pickle, which training_config.json says all of; a model card of peft's, which knows nothing of the run.
+            if file.name not in ("training_args.bin", "README.md"):
                 shutil.move(file, folder)
     return adapter
 
@@ -173,7 +174,7 @@ def _save_pretrained(
         tokenizer.save_pretrained(folder)
         _copy_processor(recipe, model, folder)
     elif recipe.export.format == "chatglm":
-        save_chatglm(cast(ChatGLMForCausalLM, model), recipe.model_name_or_path, folder, weights)
+        save_chatglm(cast(ChatGLMForCausalLM, model), local_or_hub(recipe.model_name_or_path, recipe), folder, weights)
     else:
         save_glm(cast(ChatGLMForCausalLM, model), cast(ChatGLMTokenizer, tokenizer), folder, weights)
 
@@ -185,7 +186,7 @@ def _copy_processor(recipe: Recipe, model: PreTrainedModel, folder: Path) -> Non
     for name in ("preprocessor_config.json", "processor_config.json"):
         options: Any = {"_raise_exceptions_for_missing_entries": False, **source_options(recipe)}
         options.pop("trust_remote_code", None)
-        if file := cached_file(local_or_hub(recipe.model_name_or_path), name, **options):
+        if file := cached_file(local_or_hub(recipe.model_name_or_path, recipe, weights=False), name, **options):
             shutil.copyfile(file, folder / name)
 
 

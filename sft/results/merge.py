@@ -323,7 +323,7 @@ def _weight_files(recipe: Recipe, model: PreTrainedModel) -> list[Path]:
     keys = ("cache_dir", "local_files_only", "revision", "subfolder")
     reach = {key: options[key] for key in keys if key in options} | find_model(recipe.model_name_or_path, recipe)
     files, _ = _get_resolved_checkpoint_files(
-        local_or_hub(recipe.model_name_or_path),
+        local_or_hub(recipe.model_name_or_path, recipe),
         variant=options.get("variant"),
         gguf_file=None,
         use_safetensors=options.get("use_safetensors"),

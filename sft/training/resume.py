@@ -16,7 +16,7 @@ from sft.training import parallel
 # A checkpoint may be resumed under other values of these; anything else would make it another run.
 FREE_ON_RESUME = re.compile(
     r"training_args\.(logging_|save_|eval_|report_to|run_name|disable_tqdm|num_train_epochs|max_steps|dataloader_|log_)"
-    r"|evaluation|early_stopping|export|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)|model_init"
+    r"|evaluation|early_stopping|export|hub|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)|model_init"
 )
 
 

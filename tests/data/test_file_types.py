@@ -397,7 +397,9 @@ def test_a_hub_data_set_without_a_network_is_one_clear_error(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as caught:
         run("dataset.train={path: user/name, subset: main, split: test}")
-    assert str(caught.value).startswith("user/name (main, test): is no file here, and the hub does not give it: ")
+    assert str(caught.value).startswith(
+        "user/name (main, test): is no file here, and https://huggingface.co does not give it: "
+    )
     assert "\n" not in str(caught.value)
 
 

@@ -111,6 +111,7 @@ def test_a_nested_file_takes_the_flat_sections_it_has_no_word_for() -> None:
 def test_defaults_are_the_documented_ones() -> None:
     assert load(LEAST).to_dict() == {
         "model_name_or_path": "m",
+        "hub": "huggingface",
         "adapter_name_or_path": None,
         "output_dir": "out",
         "resume_from_checkpoint": True,
@@ -157,7 +158,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "language": None,
             "generation": {"max_new_tokens": 256},
         },
-        "export": {"merge": True, "format": None},
+        "export": {"merge": True, "format": None, "push_to_hub": None, "private": True},
     }
 
 
@@ -323,6 +324,10 @@ def test_all_problems_are_told_at_once() -> None:
         ("training_args: {output_dir: o}", "training_args.output_dir: set output_dir at the top of the recipe"),
         ("training_args: {no_cuda: true}", "training_args.no_cuda: is now use_cpu"),
         (
+            "training_args: {push_to_hub: true}",
+            "training_args.push_to_hub: set export.push_to_hub to user/name, which uploads the model when all is done",
+        ),
+        (
             "training_args: {warmup_ratio: 0.1}",
             "training_args.warmup_ratio: is now warmup_steps, which takes a share of all steps where it is below 1",
         ),
@@ -337,8 +342,8 @@ def test_all_problems_are_told_at_once() -> None:
         ("evaluation: {metrics: [bleu, bleu]}", "evaluation.metrics: names one twice; keep one"),
         (
             "1: 2",
-            "unknown key 1; the keys here are model_name_or_path, adapter_name_or_path, output_dir, "
-            "resume_from_checkpoint, model_init, dataset, chat, quantization_config, ...",
+            "unknown key 1; the keys here are model_name_or_path, hub, adapter_name_or_path, output_dir, "
+            "resume_from_checkpoint, model_init, dataset, chat, ...",
         ),
         ("? [a]\n: b", "a key of the recipe is not text; put it in quotes"),
         ("chat: !sh {}", "chat: found the YAML tag !sh; write plain YAML"),
@@ -400,6 +405,10 @@ def test_a_wrong_line_is_answered_with_what_to_do(line: str, problem: str) -> No
         (
             "dataset: {validation: 0.5, test: 0.5}",
             "4: dataset.test: and dataset.validation are shares that leave nothing to train on; give smaller ones",
+        ),
+        (
+            "export: {push_to_hub: keeper}",
+            "4: export.push_to_hub: found 'keeper'; give user/name, of letters, digits, '-', '_' and '.'",
         ),
         (
             "lora_config: {r: 8}\nexport: {merge: false}\nevaluation: {model: final}",

@@ -34,11 +34,12 @@ from sft.model.tokenizer import load_tokenizer
 from sft.plain_text import PlainFormatter
 from sft.processes import say
 from sft.recipe import Recipe
-from sft.results import export, page, run_folder
+from sft.results import export, hub, page, run_folder
 from sft.results.during import ScoresDuring, more_is_better
 from sft.results.evaluation import EvaluatedModel, evaluate_models, models_on_disk
 from sft.results.export import describe_run
 from sft.results.merge import refuse_unmergeable
+from sft.results.ollama import write_modelfile
 from sft.results.parity import prompts_of, prove_parity
 from sft.results.summary import run_summary
 from sft.results.words import parity_line, short_merge_line
@@ -119,6 +120,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     arguments.check_optimizer(recipe, config, adapted)
     if isinstance(adapted, PeftModel) and recipe.export.merge:
         refuse_unmergeable(recipe, adapted)
+    processes.decide(lambda: hub.check_upload(recipe))
     return model
 
 
@@ -130,6 +132,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, packing_why
     if packing_why:
         data.ledger["packing_probe"] = packing_why
     data.ledger["samples"] = check.samples(data, tokenizer)
+    data.ledger["stop_tokens"] = data.encoder.stop_tokens()
     say(ledger_table(data.ledger))
     if recipe.dataset.test is None:
         say("no dataset.test: no answers will be scored")
@@ -169,6 +172,7 @@ def output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: 
         with sole_writer(recipe):
             is_ours = True
             processes.decide(lambda: _describe(recipe, description, data, meta_model))
+            processes.decide(lambda: hub.check_upload(recipe, is_made=True))
             yield
     except UserError:
         if is_ours and processes.is_first():
@@ -352,6 +356,7 @@ def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> No
     for folder in (recipe.output_dir, final_model):
         write_json(folder / "training_config.json", description)
     say(parity_line(description["parity"]))
+    write_modelfile(final_model, data.encoder, _shown(recipe, data))
 
 
 @memory_advice(SCORE_ADVICE)
@@ -385,7 +390,7 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
 
 
 def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
-    """The page, and the summary on the terminal."""
+    """The page and the model cards, the summary on the terminal, and the upload, if one is wanted."""
     if not processes.is_first():
         return
     memory = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": None}
@@ -395,3 +400,4 @@ def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
     write_json(recipe.output_dir / "training_config.json", config)
     page.write_report(recipe.output_dir)
     say(run_summary(recipe.output_dir))
+    hub.upload(recipe)

@@ -15,7 +15,7 @@ from sft.model.tokenizer import load_tokenizer
 from sft.plain_text import duration
 from sft.processes import say
 from sft.recipe import Recipe
-from sft.results import page
+from sft.results import hub, page
 from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.run_folder import read_file
 from sft.results.scores import Scores
@@ -55,7 +55,7 @@ def _tell(recipe: Recipe, scores: Scores) -> None:
 
 
 def export_again(recipe: Recipe) -> int:
-    """--export: final_model/ from lora_adapter/, and the page, once more."""
+    """--export: final_model/ from lora_adapter/, the page and the model cards, and the upload, once more."""
     adapter, start = recipe.output_dir / "lora_adapter", "init_lora_weights"
     if (recipe.lora_config or {}).get(start) == "loftq":
         raise recipe.error(
@@ -70,6 +70,7 @@ def export_again(recipe: Recipe) -> int:
         raise recipe.error(
             "output_dir", f"there is no training_config.json in {recipe.output_dir}; run the recipe again"
         )
+    hub.check_upload(recipe, is_made=True)
     tokenizer = load_tokenizer(recipe)
     recipe = settle.day(recipe, tokenizer)
     data = prepare(recipe, tokenizer)
@@ -77,6 +78,7 @@ def export_again(recipe: Recipe) -> int:
         merge(recipe, tokenizer, data, description)
         check_parity(recipe, description, data)
         page.write_report(recipe.output_dir)
+        hub.upload(recipe)
     return 0
 
 

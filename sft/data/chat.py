@@ -13,7 +13,7 @@ itself, and its prompts with `encode_prompt(messages, tools) -> input_ids` (Chat
 
 import json
 import os.path
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import dropwhile, takewhile
 from typing import Any, NamedTuple
 
@@ -181,6 +181,13 @@ class ChatEncoder:
         if self.control.find(messages, tools):
             messages, tools, rust = self.control.split_spelled(messages, tools)
         return list(rust.encode(self.render(messages, tools, prompt=True), add_special_tokens=False).ids)
+
+    def stop_tokens(self) -> dict[str, int]:
+        """{token: id} of the tokens that end the answers encoded so far."""
+        return self.named(self.stop_ids)
+
+    def named(self, ids: Iterable[int]) -> dict[str, int]:
+        return {str(self.tokenizer.convert_ids_to_tokens(id)): id for id in sorted(ids)}
 
     @property
     def _native_tokenizer(self) -> Any:

@@ -37,7 +37,7 @@ class Ledger(TypedDict, total=False):
     packing_probe: why rows are packed, or not, where dataset.packing left it open.
     test_in_train, near_duplicates: rows of the test split that a training row equals, or nearly equals. samples:
     examples with their masks as text. memory: bytes that training keeps from step to step, of weights, adapter,
-    gradients and the optimizer's moments.
+    gradients and the optimizer's moments. stop_tokens: {token: id} that end answers.
     """
 
     files: list[LedgerFile]
@@ -52,6 +52,7 @@ class Ledger(TypedDict, total=False):
     streamed: list[str]
     samples: list[dict[str, Any]]
     memory: dict[str, int]
+    stop_tokens: dict[str, int]
 
 
 NAMED = 20

@@ -15,6 +15,7 @@ from sft.results.comparison import LETTERS, Comparison, by_spread
 from sft.results.comparison import headline as comparison_headline
 from sft.results.curves import compared_plots, loss_png, plots
 from sft.results.forgetting import general_line, has_forgotten
+from sft.results.model_card import write_cards
 from sft.results.replies import GROUPS, choose_replies
 from sft.results.run_folder import read_run
 from sft.results.words import (
@@ -37,7 +38,7 @@ SHOWN = 20  # rows whose answers a comparison shows
 
 
 def write_report(output_dir: Path) -> Path:
-    """Writes report.html and loss.png into output_dir. Returns: the page.
+    """Writes report.html and loss.png into output_dir, and model cards beside the weights. Returns: the page.
 
     Raises: UserError: output_dir is no folder of a run, or cannot be written.
     """
@@ -64,6 +65,7 @@ def write_report(output_dir: Path) -> Path:
     )
     write_bytes(output_dir / "loss.png", loss_png(run.log))
     write_text(output_dir / "report.html", page)
+    write_cards(run)
     return output_dir / "report.html"
 
 

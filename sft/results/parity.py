@@ -65,20 +65,17 @@ def prove_parity(final_model: Path, encoder: ChatEncoder, conversations: Sequenc
         else:
             raise ModelError(_difference(final_model, encoder, prompt, result))
 
-    def named(ids: Sequence[int]) -> dict[str, int]:
-        return {str(encoder.tokenizer.convert_ids_to_tokens(id)): id for id in sorted(ids)}
-
-    trained = sorted(encoder.stop_ids)
-    if missing := named([id for id in trained if id not in served["stops"]]):
+    trained, stops = encoder.stop_tokens(), encoder.named(served["stops"])
+    if missing := {token: id for token, id in trained.items() if token not in stops}:
         raise ModelError(
             f"{final_model}/generation_config.json: answers ended with {missing} in training, and generation stops at "
-            f"{named(served['stops'])} only; add the missing to its eos_token_id"
+            f"{stops} only; add the missing to its eos_token_id"
         )
     return {
         "prompts": len(prompts) - spelled,
         "spelled_control_tokens": spelled,
-        "trained_stops": named(trained),
-        "stops": named(served["stops"]),
+        "trained_stops": trained,
+        "stops": stops,
     }
 
 

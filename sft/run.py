@@ -14,7 +14,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from filelock import BaseFileLock, FileLock, Timeout
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +40,7 @@ from sft.results.export import describe_run
 from sft.results.merge import refuse_unmergeable
 from sft.results.ollama import write_modelfile
 from sft.results.parity import prompts_of, prove_parity
+from sft.results.sole_writer import sole_writer
 from sft.results.summary import run_summary
 from sft.results.words import parity_line, short_merge_line
 from sft.training import arguments, check, parallel, resume, trainer
@@ -178,34 +178,6 @@ def output(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: 
         if is_ours and processes.is_first():
             put_back()
         raise
-
-
-@contextmanager
-def sole_writer(recipe: Recipe) -> Iterator[None]:
-    """Makes output_dir, and keeps every other run, --score and --export out of it while it is open.
-
-    Raises: UserError: it cannot be written, or another run is writing there.
-    """
-    lock = FileLock(recipe.output_dir / ".lock")  # the system lets go of it when a run is killed
-    processes.decide(lambda: _lock(recipe, lock))
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            if isinstance(lock, FileLock) and sys.platform != "win32":  # elsewhere the lock removes it itself
-                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: later it might be the next run's
-            lock.release()
-
-
-def _lock(recipe: Recipe, lock: BaseFileLock) -> None:
-    export.make_output_dir(recipe)
-    try:
-        with writing(recipe.output_dir):
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise recipe.error(
-            "output_dir", f"another run is writing to {recipe.output_dir}; wait until it ends, or name another folder"
-        ) from None
 
 
 def _describe(recipe: Recipe, description: dict[str, Any], data: Data, meta_model: PreTrainedModel) -> None:

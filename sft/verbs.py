@@ -19,8 +19,9 @@ from sft.results import hub, page
 from sft.results.evaluation import evaluate_models, models_on_disk
 from sft.results.run_folder import read_file
 from sft.results.scores import Scores
+from sft.results.sole_writer import sole_writer
 from sft.results.summary import run_summary, score_lines
-from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, load_for_training, merge, sole_writer
+from sft.run import MERGE_ADVICE, SCORE_ADVICE, check_parity, join_processes, load_for_training, merge
 from sft.training import arguments
 from sft.training.duration import StepClock
 from sft.training.trainer import make_trainer

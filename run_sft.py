@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 import sys
+from pathlib import Path
 
 from sft import faults, processes
 from sft.errors import UserError
@@ -89,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--export", action="store_true", help="write final_model/ of a run again")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="folders of runs, for a page of them side by side")
     parser.add_argument("--output", metavar="FOLDER", help="where --compare writes; else output/comparison_...")
+    what.add_argument("--new", action="store_true", help="write the recipe for a model and data: RECIPE MODEL DATA ...")
+    what.add_argument("--from", dest="other", metavar="OTHER", help="write the recipe from one of another tool")
     parser.add_argument("--debug", action="store_true", help="log everything")
     options = parser.parse_intermixed_args(arguments)
     if (options.recipe if options.compare else options.output) is not None:
@@ -110,6 +113,8 @@ def run_or_tell(options: argparse.Namespace) -> int:
             from sft.comparing import compare
 
             return compare(options.compare, options.output)
+        if options.new or options.other:
+            return start(options)
         recipe = load_recipe(options.recipe, options.overrides)
         set_up(options.debug)
         import_libraries()
@@ -139,6 +144,19 @@ def run_or_tell(options: argparse.Namespace) -> int:
             raise
         logging.debug("what was raised", exc_info=error)
         return tell(known)
+
+
+def start(options: argparse.Namespace) -> int:
+    """--new and --from, which write a recipe. Returns: exit code."""
+    set_up(options.debug)
+    path, words = Path(options.recipe), options.overrides
+    if options.other:
+        from sft.starting.migrate import write_from
+
+        return write_from(options.other, path, words)
+    from sft.starting.new import write_recipe
+
+    return write_recipe(path, words)
 
 
 def tell(error: UserError) -> int:

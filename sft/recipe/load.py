@@ -21,9 +21,10 @@ from sft.errors import RecipeError
 from sft.recipe.keys import DatasetOptions, EvaluationOptions, Recipe, Source, Sources, SourcesOrShare
 from sft.recipe.layouts import is_nested, layout_schema, to_flat
 from sft.recipe.methods import with_what_follows
-from sft.recipe.reader import Item, Reader, child_key
+from sft.recipe.reader import Item, Reader, child_key, plain, read_text
 from sft.recipe.rules import LOAD_IN, contradictions
 from sft.recipe.schema import point_to_other_sections, problems_of, recipe_schema
+from sft.recipe.tools import tool_of, tool_of_command
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -33,8 +34,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     of them; where those are right, with how they go together.
     """
     path = Path(path)
+    _refuse_other_tool(path, tool_of_command(read_text(path)) if path.suffix == ".sh" else None)
     reader = Reader()
     top = reader.read(path)
+    _refuse_other_tool(path, tool_of({key: plain(item) for key, item in top.value.items()}))
     nested = is_nested(top)
     for override in overrides:
         reader.override(top, override)
@@ -48,6 +51,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _to_recipe(path, top)
     _raise_if_any(str(recipe.error(key, message)) for key, message in contradictions(recipe))
     return recipe
+
+
+def _refuse_other_tool(path: Path, tool: str | None) -> None:
+    if tool:
+        raise RecipeError(
+            f"{path}: seems to be a recipe of {tool}; to write ours from it: "
+            f"python run_sft.py --from {path} recipes/{path.stem}.yaml"
+        )
 
 
 def _raise_if_any(problems: Iterable[str]) -> None:

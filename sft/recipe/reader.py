@@ -43,6 +43,13 @@ class Item:
         return self.where.startswith("override ")
 
 
+def plain(item: Item) -> Any:
+    """The value of an item without the places, at every depth."""
+    if isinstance(item.value, dict):
+        return {name: plain(child) for name, child in item.value.items()}
+    return [plain(child) for child in item.value] if isinstance(item.value, list) else item.value
+
+
 class _CoreSchemaLoader(yaml.SafeLoader):
     """The YAML 1.2 core schema; PyYAML's own is 1.1, where 2e-4 is text, `no` is false and 010 is 8."""
 
@@ -76,7 +83,7 @@ class Reader:
 
         Raises: RecipeError: no file that could be a recipe, or no YAML.
         """
-        top = self._parse(read_text(path), "", lambda line: f"{path}:{line}")
+        top = self.parse(read_text(path), "", lambda line: f"{path}:{line}")
         if top.value is None:
             raise RecipeError(
                 f"{path}: is empty; a recipe has at least model_name_or_path, output_dir and dataset_path"
@@ -109,9 +116,9 @@ class Reader:
                 self.problems.append(f"{where}: {child.key} is {spell(child.value)}; override {child.key} as a whole")
                 return
             parent = child
-        parent.value[name] = self._parse(value, child_key(parent.key, name), lambda line: where)
+        parent.value[name] = self.parse(value, child_key(parent.key, name), lambda line: where)
 
-    def _parse(self, text: str, key: str, place_of: Callable[[int], str]) -> Item:
+    def parse(self, text: str, key: str, place_of: Callable[[int], str]) -> Item:
         """The item of a YAML text; `place_of` gives the place of a line, counted from 1."""
         try:
             node = yaml.compose(text, _CoreSchemaLoader)

@@ -148,15 +148,22 @@ def run_or_tell(options: argparse.Namespace) -> int:
 
 def start(options: argparse.Namespace) -> int:
     """--new and --from, which write a recipe. Returns: exit code."""
-    set_up(options.debug)
+    from sft.starting import migrate
+
     path, words = Path(options.recipe), options.overrides
-    if options.other:
-        from sft.starting.migrate import write_from
+    migrated = migrate.write_from(options.other, path, words) if options.other else None
+    set_up(options.debug)
+    import_libraries()
+    from sft import run
+    from sft.starting import new
 
-        return write_from(options.other, path, words)
-    from sft.starting.new import write_recipe
-
-    return write_recipe(path, words)
+    run.quiet(options.debug)
+    if migrated:
+        print(migrate.labels(migrated))
+    else:
+        new.write_recipe(path, words)
+    print(f"\nnext: python run_sft.py {path} --check")
+    return 0
 
 
 def tell(error: UserError) -> int:

@@ -77,6 +77,14 @@ class Clock:
 
 def set_up(recipe: Recipe, debug: bool) -> None:
     """How much the libraries say, and the seed."""
+    quiet(debug)
+    if recipe.dataset.num_proc:
+        os.environ["RAYON_NUM_THREADS"] = str(recipe.dataset.num_proc)  # read when the tokenizer first uses threads
+    transformers.set_seed(recipe.seed)
+
+
+def quiet(debug: bool) -> None:
+    """The libraries say errors alone, or everything."""
     for library in (transformers.logging, datasets.logging):
         (library.set_verbosity_debug if debug else library.set_verbosity_error)()
         for handler in library.get_logger().handlers:  # the libraries' own write by them to the terminal
@@ -85,9 +93,6 @@ def set_up(recipe: Recipe, debug: bool) -> None:
         warnings.filterwarnings("ignore")
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    if recipe.dataset.num_proc:
-        os.environ["RAYON_NUM_THREADS"] = str(recipe.dataset.num_proc)  # read when the tokenizer first uses threads
-    transformers.set_seed(recipe.seed)
 
 
 def join_processes(recipe: Recipe) -> None:

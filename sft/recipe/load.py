@@ -27,16 +27,18 @@ from sft.recipe.schema import point_to_other_sections, problems_of, recipe_schem
 from sft.recipe.tools import tool_of, tool_of_command
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), text: str | None = None) -> Recipe:
     """The recipe in `path`, after `overrides` ("key.path=value", in the file's own layout, values as in YAML).
 
+    Args: text: what the file will hold that is not there yet.
     Raises: RecipeError: what is wrong with it, one problem a line: first with the keys and values by themselves, all
     of them; where those are right, with how they go together.
     """
     path = Path(path)
-    _refuse_other_tool(path, tool_of_command(read_text(path)) if path.suffix == ".sh" else None)
+    text = read_text(path) if text is None else text
+    _refuse_other_tool(path, tool_of_command(text) if path.suffix == ".sh" else None)
     reader = Reader()
-    top = reader.read(path)
+    top = reader.read(path, text)
     _refuse_other_tool(path, tool_of({key: plain(item) for key, item in top.value.items()}))
     nested = is_nested(top)
     for override in overrides:

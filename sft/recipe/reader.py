@@ -78,12 +78,12 @@ class Reader:
         self.problems: list[str] = []
         self.values_left = MAX_VALUES
 
-    def read(self, path: Path) -> Item:
-        """The whole recipe.
+    def read(self, path: Path, text: str) -> Item:
+        """The whole recipe of this text.
 
-        Raises: RecipeError: no file that could be a recipe, or no YAML.
+        Raises: RecipeError: it is no YAML, or none of a recipe.
         """
-        top = self.parse(read_text(path), "", lambda line: f"{path}:{line}")
+        top = self.parse(text, "", lambda line: f"{path}:{line}")
         if top.value is None:
             raise RecipeError(
                 f"{path}: is empty; a recipe has at least model_name_or_path, output_dir and dataset_path"

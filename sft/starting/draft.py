@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.errors import RecipeError, UserError
+from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
 from sft.recipe.reader import Reader, plain
 from sft.recipe.schema import SCHEMA_FILE, Schema, recipe_schema
@@ -73,13 +72,7 @@ class Draft:
 
     def recipe(self, path: Path, overrides: Sequence[str] = ()) -> Recipe:
         """What the text says, as if it were in `path`. Raises: RecipeError: it is no recipe."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, path.name)
-            file.write_text(self.text(path), encoding="utf-8", newline="\n")
-            try:
-                return load_recipe(file, overrides)
-            except RecipeError as error:
-                raise RecipeError(str(error).replace(str(file), str(path))) from None
+        return load_recipe(path, overrides, self.text(path))
 
 
 def _nested(settings: dict[str, Setting]) -> dict[str, Any]:
@@ -129,7 +122,7 @@ def spelled(value: Any) -> str:
         return value if is_plain else json.dumps(value, ensure_ascii=False)
     if isinstance(value, float) and 0 < abs(value) < 1e-2:
         digits, _, exponent = f"{value:.6e}".partition("e")
-        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}" if abs(value) < 1e-3 else f"{value:.10g}"
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
     return json.dumps(value)
 
 

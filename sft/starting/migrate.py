@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sft.errors import RecipeError, UserError
 from sft.plain_text import plain_text
@@ -13,7 +14,12 @@ from sft.starting.tool_files import ToolFile, read_tool_file
 from sft.starting.tool_keys import OFF, drop_what_needs_validation, tables, translate
 
 
-def write_from(other: str, path: Path, words: Sequence[str]) -> int:
+class Migrated(NamedTuple):
+    source: ToolFile
+    recipe: Recipe
+
+
+def write_from(other: str, path: Path, words: Sequence[str]) -> Migrated:
     """Writes the recipe and tells what became of each key. words: key.path=value, which win over the tool's recipe.
 
     Raises: UserError: it cannot be read, or asks for what is not done here; nothing is written then.
@@ -36,10 +42,7 @@ def write_from(other: str, path: Path, words: Sequence[str]) -> int:
     for title, lines in ((f"of {source.path.name}, without a counterpart here", unmatched), ("otherwise here", differences(source))):
         if lines:
             print(f"\n{title}:", *(f"  {plain_text(line)}" for line in lines), sep="\n")
-    print(f"\ntrained on in {source.tool}: {tables()[source.tool]['labels']['says']}")
-    print(_labels(source, recipe))
-    print(f"\nnext: python run_sft.py {path} --check")
-    return 0
+    return Migrated(source, recipe)
 
 
 def draft_of(source: ToolFile, path: Path, overrides: Sequence[str]) -> tuple[Draft, list[str], dict[Path, str]]:
@@ -108,11 +111,14 @@ def differences(source: ToolFile) -> list[str]:
     return lines
 
 
-def _labels(source: ToolFile, recipe: Recipe) -> str:
+def labels(migrated: Migrated) -> str:
+    """What carries loss there and here, in words and on two rows."""
     from sft.model.tokenizer import load_tokenizer
     from sft.starting.tool_labels import labels_shown
 
+    source, recipe = migrated
+    says = f"\ntrained on in {source.tool}: {tables()[source.tool]['labels']['says']}"
     try:
-        return labels_shown(source, recipe, load_tokenizer(recipe))
+        return f"{says}\n{labels_shown(source, recipe, load_tokenizer(recipe))}"
     except UserError as error:
-        return f"(no rows are shown with their labels: {plain_text(error)})"
+        return f"{says}\n(no rows are shown: {plain_text(error)})"

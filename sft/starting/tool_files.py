@@ -50,7 +50,7 @@ def read_tool_file(path: Path) -> ToolFile:
 
 def _yaml_keys(path: Path) -> dict[str, Item]:
     reader = Reader()
-    keys = reader.read(path).value
+    keys = reader.read(path, read_text(path)).value
     if reader.problems:
         raise RecipeError("\n".join(reader.problems))
     return keys

@@ -21,7 +21,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -254,25 +254,50 @@ def scoring_bytes(recipe: Recipe, model: PreTrainedModel, longest: int) -> int:
 # ------------------------------------------------------------------------------------------------------- the terminal
 
 
-def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, longest: int) -> tuple[str, bool]:
-    """The estimate against what the machine has, with what to change; whether it fits.
+class Needs(NamedTuple):
+    """Bytes of a run. parts: of a training step, by what they are for; scoring: while answers are generated.
 
-    Args: longest: tokens of the longest row, of which a prompt of the test split may be.
+    unknown: why the activations cannot be told, which `parts` lacks then.
     """
-    shared = on_cpu or not torch.cuda.is_available()  # Apple's GPUs use the machine's own memory
-    where = "memory" if on_cpu else "GPU memory"
-    free = psutil.virtual_memory().available if shared else torch.cuda.mem_get_info()[0]
+
+    parts: dict[str, int]
+    scoring: int
+    unknown: str
+
+    @property
+    def most(self) -> int:
+        return max(sum(self.parts.values()), self.scoring)
+
+
+def needs(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, longest: int) -> Needs:
+    """What a run will ask for. longest: tokens of the longest row, of which a prompt of the test split may be."""
+    own_loss = _is_shared(on_cpu) or why_triton_fails() is not None
     parts: dict[str, int] = {}
     scoring, unknown = 0, ""
     try:
-        parts = estimate_memory(recipe, model, own_loss=shared or why_triton_fails() is not None)
+        parts = estimate_memory(recipe, model, own_loss)
         scoring = scoring_bytes(recipe, model, longest) if recipe.dataset.test is not None else 0
     except Exception as error:  # whatever the code of a model's class says when it is given no contents
         parts = parts or kept_bytes(recipe, model)
         unknown = (
             f", and activations, which cannot be told: {type(model).__name__} needs contents ({first_line(error)})"
         )
-    need = max(sum(parts.values()), scoring)
+    return Needs(parts, scoring, unknown)
+
+
+def free_bytes(on_cpu: bool) -> int:
+    """Memory that is free where the model will be."""
+    return psutil.virtual_memory().available if _is_shared(on_cpu) else torch.cuda.mem_get_info()[0]
+
+
+def _is_shared(on_cpu: bool) -> bool:
+    return on_cpu or not torch.cuda.is_available()  # Apple's GPUs use the machine's own memory
+
+
+def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, longest: int) -> tuple[str, bool]:
+    """The estimate against what the machine has, with what to change; whether it fits. longest: as `needs`."""
+    parts, scoring, unknown = needed = needs(recipe, model, on_cpu, longest)
+    where, need, free = "memory" if on_cpu else "GPU memory", needed.most, free_bytes(on_cpu)
     detail = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     detail += f"; while scoring {scoring / 1e9:.1f}" if scoring else ""
     dtype = str(model.dtype).removeprefix("torch.")

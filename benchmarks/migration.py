@@ -2,11 +2,11 @@
 
     python benchmarks/migration.py MODEL FOLDER [FOLDER ...] [--data FILE] [--limit N]
 
-Of each folder (a checkout of LLaMA-Factory's, Axolotl's, ms-swift's, trl's or alignment-handbook's repository, or a part
-of it) all YAML files and shell scripts are taken that run_sft.py recognises, and the commands in fenced blocks of .md and
-.py files; with --limit an even choice of N in the order of their names. Model and data are those of the command line,
-as those of the recipes are not here, and report_to is none; the rest is what the recipe says. Prints a table: what came
-of each, and a count. The data sets that a recipe names are read all the same, so that their errors are told.
+Of each folder (a checkout of a tool's repository, or a part of it) all YAML files and shell scripts are taken that
+run_sft.py recognises, and the commands in fenced blocks of .md and .py files; with --limit an even choice of N in the
+order of their names. Model and data are those of the command line, as those of the recipes are not here, and report_to
+is none; the rest is what the recipe says. Prints a table: what came of each, and a count. The data sets that a recipe
+names are looked up all the same, and told where they cannot be.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def recipes_in(folder: Path, made: Path) -> list[Path]:
             scripts = []
             for number, block in enumerate(re.findall(r"```\w*\n(.*?)```", file.read_text("utf-8"), re.DOTALL)):
                 if re.search(COMMAND.pattern, block, re.MULTILINE):
-                    scripts.append(made / f"{file.stem}_{number}.sh")
+                    scripts.append(made / f"{'_'.join(file.relative_to(folder).with_suffix('').parts)}_{number}.sh")
                     scripts[-1].write_text(block, encoding="utf-8")
         for script in scripts:
             with contextlib.suppress(UserError):
@@ -101,7 +101,13 @@ def main() -> None:
                 result, said = outcome(file, options, made)
                 counts[result] += 1
                 name = file.relative_to(root) if file.is_relative_to(root) else file.name
-                line = " ".join(said.removeprefix("error: ").replace(f"{file}:", "line ").replace("|", "\\|").split())
+                line = " ".join(
+                    said.removeprefix("error: ")
+                    .replace(f"{file}:", "line ")
+                    .replace(f"{made}/", "")
+                    .replace("|", "\\|")
+                    .split()
+                )
                 print(f"| {root.name}/{name} | {result} | {line if options.errors else line[:160]} |", flush=True)
             print(f"\n{root.name}: {len(files)} recipes, {dict(counts)}\n", flush=True)
 

@@ -6,9 +6,18 @@ from typing import Any
 # In this order: the first tool of which a key is there. alignment-handbook's script takes all keys of trl's.
 SIGNS = {
     "LLaMA-Factory": ("finetuning_type", "stage", "cutoff_len", "lora_target", "dataset_dir", "train_dataset"),
+    "ms-swift": (
+        "tuner_type",
+        "train_type",
+        "sft_type",
+        "rlhf_type",
+        "split_dataset_ratio",
+        "quant_bits",
+        "model_author",
+        "model",
+    ),
     "Axolotl": ("base_model", "micro_batch_size", "sequence_len"),
     "alignment-handbook": ("dataset_mixer", "dataset_mixture", "dataset_splits"),
-    "ms-swift": ("tuner_type", "train_type", "sft_type", "split_dataset_ratio", "quant_bits", "model_author", "model"),
     "trl": ("dataset_name", "use_peft", "dataset_train_split", "dataset_text_field", "assistant_only_loss"),
 }
 # The command that starts a tool, before its arguments.

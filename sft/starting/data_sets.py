@@ -30,7 +30,13 @@ class DataSet:
     def entry(self) -> dict[str, Any]:
         is_file = Path(self.path).is_file()
         split = None if is_file or self.split == "train" else self.split
-        values = {"path": self.path, "format": self.format, "weight": self.weight, "subset": self.subset, "split": split}
+        values = {
+            "path": self.path,
+            "format": self.format,
+            "weight": self.weight,
+            "subset": self.subset,
+            "split": split,
+        }
         defaults = {"format": "auto", "weight": 1.0, "subset": None, "split": None}
         return {key: value for key, value in values.items() if key == "path" or value != defaults[key]}
 
@@ -39,7 +45,9 @@ def put_data_sets(source: ToolFile, draft: Draft, unmatched: list[str]) -> None:
     """Raises: RecipeError: a data set that cannot be read here, with the key that names it."""
     train, validation = READERS[source.tool](source, unmatched)
     if not train:
-        names = ", ".join(key for key, rule in tables()[source.tool]["keys"].items() if rule == {"read": "dataset.train"})
+        names = ", ".join(
+            key for key, rule in tables()[source.tool]["keys"].items() if rule == {"read": "dataset.train"}
+        )
         raise RecipeError(f"{source.path}: names no data ({names}); add dataset.train=FILE to the command")
     columns: dict[str, str] = {}
     for data_set in [*train, *validation]:
@@ -82,7 +90,7 @@ def _list(value: Any, separator: str | None = None) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _renamed(columns: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _renamed(columns: Iterable[tuple[str | None, str]]) -> dict[str, str]:
     return {there: here for there, here in columns if there and there != here}
 
 
@@ -109,8 +117,8 @@ def _registered(source: ToolFile, item: Item, name: str, unmatched: list[str]) -
     info_file = here_or_beside(f"{folder}/dataset_info.json", source.path)
     if info_file is None:
         raise RecipeError(
-            f"{item.label}: {name!r} is a name in {folder}/dataset_info.json, which is not here; run this in the folder "
-            "that holds it, or add dataset.train=FILE to the command"
+            f"{item.label}: {name!r} is a name in {folder}/dataset_info.json, which is not here; run this where "
+            "it is, or add dataset.train=FILE to the command"
         )
     try:
         info = json.loads(info_file.read_text(encoding="utf-8")).get(name)
@@ -191,7 +199,9 @@ def _axolotl_entry(item: Item, source: ToolFile, unmatched: list[str]) -> list[D
     trained = {"roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"]), "train_on_eos": ("turn", "all")}
     for key, value in entry.items():
         if key in trained and value not in trained[key]:
-            unmatched.append(f"{item.value[key].where}: {item.key}.{key}: answers are trained on, each to its stop token")
+            unmatched.append(
+                f"{item.value[key].where}: {item.key}.{key}: answers are trained on, each to its stop token"
+            )
         elif key not in AXOLOTL_KEYS and key not in trained and value is not False:
             unmatched.append(f"{item.value[key].where}: {item.key}.{key}: is not known here")
     path, files = str(entry.get("path", "")), _list(entry.get("data_files"))

@@ -73,7 +73,7 @@ def _answers(file: TokenFile) -> np.ndarray:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that LoRA is put on: all but the output layer and the routers, in the model's order."""
+    """Names of the linear layers for LoRA, in the model's order: all but the output layer and the routers."""
     head = model.get_output_embeddings()
     modules = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     names = dict.fromkeys(name.rpartition(".")[2] for name, _ in modules)

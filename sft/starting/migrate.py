@@ -39,7 +39,10 @@ def write_from(other: str, path: Path, words: Sequence[str]) -> Migrated:
         write_new(file, text)
     write_new(path, draft.text(path))
     print(f"{path} is written, from {source.path}, a recipe of {source.tool}")
-    for title, lines in ((f"of {source.path.name}, without a counterpart here", unmatched), ("otherwise here", differences(source))):
+    for title, lines in (
+        (f"of {source.path.name}, without a counterpart here", unmatched),
+        ("otherwise here", differences(source)),
+    ):
         if lines:
             print(f"\n{title}:", *(f"  {plain_text(line)}" for line in lines), sep="\n")
     return Migrated(source, recipe)
@@ -105,8 +108,8 @@ def differences(source: ToolFile) -> list[str]:
             lines.append(entry["says"])
     if source.processes > 1:
         lines.append(
-            f"{source.processes} processes share a step there: torchrun --nproc_per_node {source.processes} does it here, "
-            f"or {source.processes} times the gradient_accumulation_steps"
+            f"{source.processes} processes share a step there; here: torchrun --nproc_per_node {source.processes}, "
+            f"or {source.processes} times gradient_accumulation_steps"
         )
     return lines
 

@@ -12,7 +12,7 @@ from sft.model.load import meta_model
 from sft.model.machine import check_machine, use_cpu
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
-from sft.starting.draft import Draft, refuse_existing, split_overrides, write_new
+from sft.starting.draft import Draft, refuse_existing, spelled, split_overrides, write_new
 from sft.starting.measure import Measured, linear_layers, measure
 from sft.training import packing_probe
 from sft.training.check import trained_weights
@@ -139,8 +139,8 @@ def _set_data(draft: Draft, measured: Measured, context: int) -> None:
     enough = next((n for n in LENGTHS if np.mean(measured.lengths <= n) >= HELD), LENGTHS[-1])
     enough = min(enough, context)
     held = np.mean(measured.lengths <= enough)
-    share = "all rows" if held == 1 else f"{np.floor(held * 1000) / 10:.1f} % of the rows"
-    draft.set("dataset.max_length", enough, f"holds {share}; the longest has {longest:,} tokens")
+    words = "all rows" if held == 1 else f"{np.floor(held * 1000) / 10:.1f} % of the rows"
+    draft.set("dataset.max_length", enough, f"holds {words}; the longest has {longest:,} tokens")
     if (lost := 1 - held) > 0.05:
         draft.set("dataset.max_lost", min(1.0, float(np.ceil(lost * 100 + 1) / 100)), "for the rows that are longer")
     if bad := measured.problems[UNREADABLE]:
@@ -202,7 +202,9 @@ def _choose_method(draft: Draft, path: Path, measured: Measured, overrides: Sequ
         draft.set("training_args.optim", "paged_adamw_8bit")
     if sizes["full"] <= free:
         rate = draft.value("training_args.learning_rate") * FULL_SHARE
-        draft.tail.append(f"Full fine-tuning fits too: without lora_config, and at a learning_rate of about {rate:.1g}.")
+        draft.tail.append(
+            f"Full fine-tuning fits too: without lora_config, and at a learning_rate of about {spelled(rate)}."
+        )
     return [line] if sizes[chosen] <= free else [f"{line}, which may not fit; see --check"]
 
 

@@ -6,7 +6,8 @@ A table has
   extends        another tool, of which it has all that it does not say itself
   passes         true: a key of transformers.TrainingArguments is the same in training_args
   defaults       what the tool takes where a recipe leaves a key out, under its own names, where ours differs;
-                 {product: 2, of: KEY}, {quotient: 16, by: KEY}, {same: KEY, else: x}, {when: KEY, is: x, then: y, else: z}
+                 {product: 2, of: KEY}, {quotient: 16, by: KEY}, {same: KEY, else: x},
+                 {when: KEY, is: x, then: y, else: z}
   always         settings of ours that the tool has no key for
   keys           what each key is here:
     KEY: our.key                        the same value
@@ -42,7 +43,7 @@ from sft.starting.tool_files import ToolFile
 
 TOOLS = Path(__file__).with_name("tools")
 OF_CODE = ("method", "share", "per_epoch.eval", "per_epoch.save")
-OFF = (None, False, 0, "", "none", "None", [], {})
+OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", [], {})
 SHARE_OF_A_COUNT = 0.02  # where the tool holds out a number of rows, and ours takes a share
 
 

@@ -10,7 +10,7 @@ By the table of a tool, `labels.trains`, or of what one of its keys (`labels.key
   everything      every token
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import date
 from itertools import groupby, islice
 from pathlib import Path
@@ -105,7 +105,7 @@ def trained_there(rule: str, encoded: Encoded, tokenizer: PreTrainedTokenizerBas
     return mask
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Any], here: list[bool], there: list[bool]) -> str:
+def marked(tokenizer: PreTrainedTokenizerBase, ids: Any, here: list[bool], there: list[bool]) -> str:
     """The row as text, each stretch in the marks of who trains on it; long ones shortened."""
     pieces = []
     for kind, group in groupby(range(len(ids)), key=lambda i: (here[i], there[i])):

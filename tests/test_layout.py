@@ -20,6 +20,7 @@ ROOMS = {
     "model": {"recipe"},
     "training": {"recipe", "data", "model"},
     "results": {"recipe", "data", "model"},
+    "starting": {"recipe", "data", "model", "training"},
 }
 
 

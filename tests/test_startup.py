@@ -36,8 +36,9 @@ def after(*arguments):
         (["missing.yaml"], 2),
         (["recipes/qwen_qlora.yaml", "dataset.max_lenght=5"], 2),
         (["recipes/qwen_qlora.yaml", "dataset.streaming=true", "dataset.validation=0.1"], 2),
+        (["--from", "missing.yaml", "recipes/none.yaml"], 2),
     ],
-    ids=["help", "no such recipe", "unknown key", "keys that do not go together"],
+    ids=["help", "no such recipe", "unknown key", "keys that do not go together", "no recipe of another tool"],
 )
 def test_help_and_a_wrong_recipe_wait_for_no_library(arguments, code):
     found, _, packages = after(*arguments)

@@ -180,7 +180,7 @@ def _set_generation(draft: Draft, measured: Measured) -> None:
 
 def _choose_method(draft: Draft, path: Path, measured: Measured, overrides: Sequence[str]) -> list[str]:
     """LoRA where it fits, else QLoRA; what each takes, in lines for the terminal."""
-    if any(re.match(r"(lora|quantization)_config|adapter_name", word) for word in overrides):
+    if any(re.match(r"lora_config=|quantization_config|adapter_name", word) for word in overrides):
         return _keep_what_was_asked(draft, overrides)
     on_cpu = use_cpu(draft.recipe(path))
     free, sizes = free_bytes(on_cpu), {}

@@ -17,8 +17,8 @@ from sft.recipe.tools import COMMANDS, tool_of, tool_of_command
 SETS = re.compile(r"^\s*(?:export\s+)?(\w+)=(\S*)\s*\\?\s*$")
 SUM = re.compile(r"\$\(expr\s+(\d+)\s*\\?([-+*/])\s*(\d+)\)|\$\(\((\d+)\s*([-+*/])\s*(\d+)\)\)")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-# Variables of launchers by which a script says how many GPUs share a step.
-PROCESSES = ("NPROC_PER_NODE", "nproc_per_node", "num_processes")
+# How a script says how many GPUs share a step.
+PROCESSES = re.compile(r"\b(?:NPROC_PER_NODE=|nproc_per_node[ =]|num_processes[ =])(\d+)")
 
 
 class ToolFile(NamedTuple):
@@ -62,11 +62,11 @@ def _command_keys(path: Path, text: str, tool: str) -> tuple[dict[str, Item], in
     variables: dict[str, str] = {}
     for line in lines:
         if found := SETS.match(line):
-            variables.setdefault(found[1], found[2].strip("'\""))
+            variables.setdefault(found[1], _filled_in(found[2], variables).strip("'\""))
     first = next(i for i, line in enumerate(lines) if re.search(COMMANDS[tool], line))
     keys: dict[str, Item] = {}
     values: list[Any] = []
-    processes = next((int(variables[n]) for n in PROCESSES if variables.get(n, "").isdigit()), 1)
+    processes = PROCESSES.search(_filled_in("\n".join(lines), variables))
     for number, line in enumerate(lines[first:], start=first + 1):
         shown = _filled_in(line, variables)
         if number == first + 1:
@@ -90,7 +90,7 @@ def _command_keys(path: Path, text: str, tool: str) -> tuple[dict[str, Item], in
             item.value = _value(item.value, item)
     if "config" in keys and isinstance(keys["config"].value, str):
         keys = _yaml_keys(_found(path, keys.pop("config").value)) | keys
-    return keys, processes
+    return keys, int(processes[1]) if processes else 1
 
 
 def _refuse_other_commands(path: Path, number: int, line: str) -> None:

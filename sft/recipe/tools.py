@@ -22,7 +22,7 @@ SIGNS = {
 }
 # The command that starts a tool, before its arguments.
 COMMANDS = {
-    "LLaMA-Factory": r"llamafactory-cli\s+train",
+    "LLaMA-Factory": r"llamafactory-cli\s+train|src/train(?:_bash)?\.py",
     "Axolotl": r"axolotl\s+(?:train|preprocess)|axolotl\.cli\.train",
     "ms-swift": r"(?:swift|megatron)\s+(?:sft|pt|rlhf|infer|deploy|export|sample|rollout|eval)|swift/cli/\w+\.py",
     "trl": r"\btrl\s+[a-z]+|\bsft\w*\.py|scripts/\w+\.py",

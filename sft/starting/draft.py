@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.errors import UserError
+from sft.plain_text import plain_text
 from sft.recipe import Recipe, load_recipe
 from sft.recipe.reader import Reader, plain
 from sft.recipe.schema import SCHEMA_FILE, Schema, recipe_schema
@@ -65,9 +66,9 @@ class Draft:
         except ValueError:  # on Windows, from another drive
             schema = SCHEMA_FILE.as_uri()
         lines = [f"# yaml-language-server: $schema={schema}", f"# python run_sft.py {path.as_posix()}"]
-        lines += [f"# {line}" for line in self.head]
+        lines += [f"# {_one_line(line)}" for line in self.head]
         lines += _section_lines(_nested(self.settings), recipe_schema(), "")
-        lines += [f"# {line}".rstrip() for line in self.tail]
+        lines += [f"# {_one_line(line)}".rstrip() for line in self.tail]
         return "\n".join(lines) + "\n"
 
     def recipe(self, path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,11 +101,16 @@ def _section_lines(tree: dict[str, Any], schema: Schema, indent: str) -> list[st
 
 def _lines(key: str, setting: Setting, indent: str) -> list[str]:
     """The lines of a key; a long list has one for each entry."""
-    value, comment = setting.value, f" # {setting.comment}" if setting.comment else ""
+    value, comment = setting.value, f" # {_one_line(setting.comment)}" if setting.comment else ""
     line = f"{indent}{key}: {spelled(value)}"
     if len(line) > WIDTH and isinstance(value, list):
         return [f"{indent}{key}:{comment}", *(f"{indent}  - {spelled(entry)}" for entry in value)]
     return [f"{line:<{COMMENT_COLUMN - 1}}{comment}" if comment else line]
+
+
+def _one_line(comment: str) -> str:
+    """Names of files and keys of others are in comments, and nothing of them may end one."""
+    return " ".join(plain_text(comment).split())
 
 
 def spelled(value: Any) -> str:

@@ -17,7 +17,7 @@ from sft.recipe.schema import SCHEMA_FILE, Schema, recipe_schema
 COMMENT_COLUMN = 44
 WIDTH = 110  # a longer value goes over several lines
 PLAIN = re.compile(r"[A-Za-z_./~][\w./@+-]*")  # text that needs no quotes in YAML
-NO_TEXT = ("true", "false", "null", "~")
+NO_TEXT = ("true", "false", "null", "~", "yes", "no", "on", "off")  # the last four in YAML 1.1, which tools read
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=.*", re.DOTALL)
 
 

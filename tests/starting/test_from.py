@@ -312,6 +312,14 @@ def test_two_rows_show_where_the_other_tool_s_labels_differ(text, first, second,
     assert first in lines[start + 2] and second in lines[start + 4]
 
 
+def test_the_page_shows_what_is_printed(small_qwen, capsys):
+    migrate("tuner_type: lora\nmodel: m\ndataset: a/b\n", model=str(small_qwen))
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("labels: "))
+    page = (Path(__file__).resolve().parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    assert f"{lines[start].removeprefix('labels: ')}\n{lines[start + 4]}\n" in page
+
+
 def test_labels_that_are_the_same_are_said_to_be_so(small_qwen, capsys):
     migrate(AXOLOTL.replace("chat_template\n", "alpaca\n"), model=str(small_qwen))
     assert "labels: on the first rows the same tokens as in Axolotl" in capsys.readouterr().out

@@ -132,6 +132,11 @@ def spelled(value: Any) -> str:
     return json.dumps(value)
 
 
+def without_lines(error: UserError, path: Path) -> str:
+    """An error's text without the lines of a file that is not there yet."""
+    return re.sub(rf"(?m)^{re.escape(str(path))}(:\d+)?: ", "", str(error))
+
+
 def refuse_existing(path: Path) -> None:
     """Raises: UserError: the file is there already, or it is none of YAML."""
     if path.suffix not in (".yaml", ".yml"):

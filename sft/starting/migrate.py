@@ -9,7 +9,7 @@ from sft.plain_text import plain_text
 from sft.recipe import Recipe
 from sft.recipe.reader import Item, plain
 from sft.starting.data_sets import here_or_beside, put_data_sets
-from sft.starting.draft import Draft, refuse_existing, split_overrides, write_new
+from sft.starting.draft import Draft, refuse_existing, split_overrides, without_lines, write_new
 from sft.starting.tool_files import ToolFile, read_tool_file
 from sft.starting.tool_keys import OFF, drop_what_needs_validation, tables, translate
 
@@ -33,7 +33,8 @@ def write_from(other: str, path: Path, words: Sequence[str]) -> Migrated:
     try:
         recipe = draft.recipe(path)
     except RecipeError as error:
-        raise RecipeError(f"{other}: what it says makes no recipe of ours:\n{error}") from None
+        problems = without_lines(error, path)
+        raise RecipeError(f"{other}: what it says makes no recipe of ours:\n{problems}") from None
     for file, text in templates.items():
         refuse_existing_template(file)
         write_new(file, text)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sft.data.tokens import CONTROL, UNREADABLE
 from sft.errors import UserError
@@ -12,7 +13,7 @@ from sft.model.load import meta_model
 from sft.model.machine import check_machine, use_cpu
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import Recipe
-from sft.starting.draft import Draft, refuse_existing, spelled, split_overrides, write_new
+from sft.starting.draft import Draft, refuse_existing, spelled, split_overrides, without_lines, write_new
 from sft.starting.measure import Measured, linear_layers, measure
 from sft.training import packing_probe
 from sft.training.check import trained_weights
@@ -55,8 +56,8 @@ def write_recipe(path: Path, words: Sequence[str]) -> None:
         )
     try:
         draft, found = draft_of(path, names[0], names[1:], overrides)
-    except UserError as error:  # there is no such line in a file yet
-        raise UserError(re.sub(rf"(?m)^{re.escape(str(path))}(:\d+)?: ", "", str(error))) from None
+    except UserError as error:
+        raise UserError(without_lines(error, path)) from None
     write_new(path, draft.text(path))
     print(*found, f"{path} is written", sep="\n")
 
@@ -199,7 +200,8 @@ def _choose_method(draft: Draft, path: Path, measured: Measured, overrides: Sequ
             draft.set("training_args.activation_checkpointing", False, "there is memory enough, and it is faster")
     else:
         draft.set("quantization_config.load_in_4bit", True, f"QLoRA: unquantised it takes {sizes['LoRA'] / 1e9:.1f} GB")
-        draft.set("training_args.optim", "paged_adamw_8bit")
+        if torch.cuda.is_available():  # elsewhere bitsandbytes has no paged optimizer
+            draft.set("training_args.optim", "paged_adamw_8bit")
     if sizes["full"] <= free:
         rate = draft.value("training_args.learning_rate") * FULL_SHARE
         draft.tail.append(

@@ -177,8 +177,6 @@ def _settle(draft: Draft) -> None:
     if bits != 4:
         for key in [key for key in draft.settings if key.startswith("quantization_config.bnb_4bit")]:
             draft.drop(key)
-    if draft.value("method") == "full":
-        draft.drop("quantization_config.")
     if draft.value("method") == "full" or draft.value("adapter_name_or_path"):  # an adapter brings its own settings
         draft.drop("lora_config.")
     draft.drop("method")

@@ -237,6 +237,7 @@ def test_every_key_without_a_counterpart_is_named_with_its_line_on_the_terminal_
         ("tuner_type: lora\nmodel: m\ntask_type: seq_cls\n", "other.yaml:3: task_type: found 'seq_cls', and what can"),
         (TRL + "dataset_text_field: text\n", "other.yaml:11: dataset_text_field: conversations are trained on here"),
         (HANDBOOK.replace("beta: null", "beta: 0.1"), "other.yaml:11: beta: only supervised fine-tuning is done here"),
+        (TRL.replace("use_peft: true\n", ""), "no recipe of ours:\nquantization_config: quantised weights"),
         ("use_peft: true\n", "other.yaml: names no data (dataset_name, "),
         ("a: 1\n", "other.yaml: is of none of the tools that are read: Axolotl, LLaMA-Factory, alignment-handbook, "),
         ("dataset: {train: a}\n", "other.yaml: is a recipe of ours; run it: python run_sft.py other.yaml"),
@@ -260,6 +261,15 @@ def test_what_is_not_done_here_is_an_error_that_names_the_key_and_writes_nothing
 def test_a_script_that_cannot_be_read_names_the_line(script, problem, capsys):
     migrate(script, name="train.sh", code=2)
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [LLAMAFACTORY, AXOLOTL, TRL], ids=["LLaMA-Factory", "Axolotl", "trl"])
+def test_nothing_of_a_script_is_run_and_the_model_s_own_code_is_never_allowed(text, capsys):
+    assert migrate(text + "trust_remote_code: true\n").model_init.get("trust_remote_code") is None
+    assert "trust_remote_code: the model's own code is not run" in capsys.readouterr().out
+    Path("mine.yaml").unlink()
+    migrate(SWIFT.replace("512", "$(touch ran)").replace("$n \\", "`touch ran` \\"), name="train.sh", code=2)
+    assert not Path("ran").exists()
 
 
 def test_a_script_that_names_a_yaml_file_is_read_with_it():

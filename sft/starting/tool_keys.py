@@ -214,5 +214,6 @@ def drop_what_needs_validation(draft: Draft) -> None:
     for key in [k for k in draft.settings if k.startswith("training_args.eval_")]:
         draft.drop(key)
     draft.drop("training_args.load_best_model_at_end")
+    draft.drop("early_stopping.")
     if draft.value("training_args.save_strategy") == "best":
         draft.drop("training_args.save_strategy")

@@ -11,7 +11,7 @@ from sft.recipe.reader import Item, plain
 from sft.starting.data_sets import here_or_beside, put_data_sets
 from sft.starting.draft import Draft, refuse_existing, split_overrides, without_lines, write_new
 from sft.starting.tool_files import ToolFile, read_tool_file
-from sft.starting.tool_keys import OFF, drop_what_needs_validation, tables, translate
+from sft.starting.tool_keys import OFF, settle_validation, tables, translate
 
 
 class Migrated(NamedTuple):
@@ -68,8 +68,7 @@ def draft_of(source: ToolFile, path: Path, overrides: Sequence[str]) -> tuple[Dr
             _put_template(source, source.keys[key], path, draft, templates, unmatched)
     for override in overrides:
         draft.override(override)
-    if "dataset.validation" not in draft.settings:
-        drop_what_needs_validation(draft)
+    settle_validation(draft)
     if draft.value("model_name_or_path") is None:
         raise RecipeError(f"{source.path}: names no model; add model_name_or_path=MODEL to the command")
     unmatched = [line.replace(f"{source.path}:", "line ", 1) for line in unmatched]

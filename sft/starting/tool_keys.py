@@ -209,11 +209,17 @@ def _settle_per_epoch(draft: Draft) -> None:
             draft.set(f"training_args.{what}_steps", share, f"a share of all steps: {times} times an epoch")
 
 
-def drop_what_needs_validation(draft: Draft) -> None:
-    """Where there is no validation split, neither here nor there."""
-    for key in [k for k in draft.settings if k.startswith("training_args.eval_")]:
-        draft.drop(key)
-    draft.drop("training_args.load_best_model_at_end")
-    draft.drop("early_stopping.")
-    if draft.value("training_args.save_strategy") == "best":
-        draft.drop("training_args.save_strategy")
+def settle_validation(draft: Draft) -> None:
+    """Without a validation split nothing is asked of it; with early stopping a run here saves when it validates."""
+    eval_strategy = draft.value("training_args.eval_strategy")
+    if "dataset.validation" not in draft.settings:
+        for key in [k for k in draft.settings if k.startswith("training_args.eval_")]:
+            draft.drop(key)
+        draft.drop("training_args.load_best_model_at_end")
+        draft.drop("early_stopping.")
+        if draft.value("training_args.save_strategy") == "best":
+            draft.drop("training_args.save_strategy")
+    elif draft.value("early_stopping.early_stopping_patience") and eval_strategy:
+        if draft.value("training_args.save_strategy") != eval_strategy:
+            draft.drop("training_args.save_strategy")
+            draft.drop("training_args.save_steps")

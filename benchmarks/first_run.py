@@ -25,14 +25,13 @@ BEGIN, END = "```text\n", "```\n"
 
 
 def run(output: Path) -> list[str]:
-    """The lines that are left on the terminal, without blank ones at the end."""
+    """The lines that are left on the terminal."""
     terminal = Terminal()
     command = [sys.executable, "run_sft.py", RECIPE]
     done = subprocess.run(command, cwd=ROOT, stdout=terminal.outside, stderr=subprocess.STDOUT)
-    lines = [line.rstrip() for line in terminal.left()]
     if done.returncode:
-        sys.exit("\n".join(lines))
-    return "\n".join(lines).strip("\n").replace("\n\n\n", "\n\n").splitlines()
+        sys.exit("\n".join(terminal.left()))
+    return terminal.left()
 
 
 def write_svg(lines: list[str], path: Path) -> None:

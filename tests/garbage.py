@@ -165,7 +165,7 @@ lines("a list where a section belongs", "lora_config: [r, 2]", "lora_config: fou
 lines("text where a section belongs", "dataset: train.jsonl", "dataset: found 'train.jsonl'; give a mapping")
 lines("a section that is null", "dataset:", "dataset.train: is missing; give a file, a glob or a hub id")
 lines("an unknown key", "dataset_pth: a", "recipe.yaml:9: unknown key dataset_pth; did you mean 'dataset_path'?")
-lines("an unknown key of 200 kB", "a" * 200_000 + ": 1", "recipe.yaml:9:200001: not YAML")
+lines("an unknown key of 200 kB", "a" * 200_000 + ": 1", "recipe.yaml:9:1: not YAML: no `: ` in this line")
 lines("a value of 200 kB", "training_args: {optim: " + "a" * 200_000 + "}", "training_args.optim: found 'aaaa")
 lines("a missing value", "output_dir:", "output_dir: is missing; give the folder of the run")
 lines("an empty name", "model_name_or_path: ''", "model_name_or_path: found ''; give a hub id or a local folder")
@@ -268,7 +268,7 @@ jsonl("a zip", b"PK\x03\x04" + bytes(30), "train.jsonl: is a zip file, as .xlsx 
 jsonl("a PDF", b"%PDF-1.7\n1 0 obj\n", "train.jsonl:1: is not JSON")
 jsonl("a Parquet file", b"PAR1" + bytes(30) + b"PAR1", "is a Parquet file; give its name the")
 jsonl("YAML", "human: Hi.\nassistant: Hello.\n", "train.jsonl:1: is not JSON: Expecting value at column 1")
-jsonl("JSON over several lines", json.dumps(ROW, indent=1), "at column 1; write each row in one line")
+jsonl("JSON over several lines", json.dumps(ROW, indent=1), "at column 2; write each row in one line")
 jsonl("single quotes", str(ROW), "train.jsonl:1: is not JSON: Expecting property name enclosed in double quotes")
 jsonl("a cut line", GOOD + GOOD[:20], "train.jsonl:2: is not JSON: ")
 jsonl("two objects in a line", GOOD.strip() * 2, "train.jsonl:1: is not JSON: Extra data at column")
@@ -314,11 +314,15 @@ def messages(*pairs: tuple[Any, Any], **more: Any) -> dict[str, Any]:
 
 
 ANSWERED = (("user", "a"), ("assistant", "b"))
-row("text", "Hi.", "train.jsonl:1: no format fits text; the required fields are")
-row("a number", 17, "train.jsonl:1: no format fits a number; the required fields are")
-row("null", None, "train.jsonl:1: no format fits null; the required fields are")
+row("text", "Hi.", "train.jsonl:1: no format fits text; a row is an object with fields")
+row("a number", 17, "train.jsonl:1: no format fits a number; a row is an object with fields")
+row("null", None, "train.jsonl:1: no format fits null; a row is an object with fields")
 row("an empty object", {}, "train.jsonl:1: no format fits an empty object")
-row("unknown fields", {"q": 1, "a": 2}, "no format fits the fields q, a; the required fields are conversation: ")
+row(
+    "unknown fields",
+    {"q": 1, "a": 2},
+    "no format fits the fields q, a; docs/formats.md shows a row of each: conversation",
+)
 row("fields that hold escape sequences", {"\x1b[2J": 1}, r"no format fits the fields \x1b[2J")
 row("a conversation that is text", {"conversation": "a"}, "the field 'conversation' is text, not a list")
 row("a conversation without turns", {"conversation": []}, "train.jsonl:1: the conversation is empty")
@@ -419,7 +423,11 @@ table("UTF-16, as Excel writes it", (HEAD + "a,b\n").encode("utf-16"), "train.cs
 table("GBK", (HEAD + "你,好\n").encode("gbk"), "is not UTF-8 (byte 0xc4)")
 table("an .xlsx", b"PK\x03\x04" + bytes(30), "train.csv: is a zip file, as .xlsx and .docx are")
 table("NUL all through", bytes(100), "train.csv: holds NUL bytes and is no text")
-table("an answer that is empty", HEAD + "a,\n", "train.csv:1: no format fits the fields human; the required fields are")
+table(
+    "an answer that is empty",
+    HEAD + "a,\n",
+    "train.csv:1: no format fits the fields human; of human_assistant assistant is missing",
+)
 table("a header of numbers", "1,2\na,b\n", "train.csv:1: no format fits the fields 1, 2")
 table("JSON lines", GOOD, "train.csv: ")
 table("100,000 columns", ",".join(f"c{i}" for i in range(100_000)) + "\n1\n", "the header has 100000")

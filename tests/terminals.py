@@ -35,5 +35,9 @@ class Terminal:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", text).splitlines()
 
     def left(self):
-        """What stands there at the end, without lines that were drawn again and again. Nothing more can be written."""
-        return [line for line in self.shown() if not re.search("[━╸╺]", line)]
+        """What stands there at the end: no line that was drawn again and again. Nothing more can be written."""
+        self.shown()
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text.replace("\r\n", "\n"))
+        lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
+        lines = [line for line in lines if not re.search("[━╸╺]", line)]
+        return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip("\n").split("\n")

@@ -105,7 +105,8 @@ def test_qlora_recipe_leaves_everything_that_the_design_lists(qlora_run):
 def test_no_pickle_is_left_beside_the_weights_that_are_given_away(qlora_run):
     output, _ = qlora_run
     for folder in ("lora_adapter", "final_model"):
-        assert {path.suffix for path in (output / folder).iterdir()} <= {".safetensors", ".json", ".jinja", ".md"}
+        kinds = {path.suffix or path.name for path in (output / folder).iterdir()}
+        assert kinds <= {".safetensors", ".json", ".jinja", ".md", "Modelfile"}
 
 
 def test_final_model_is_base_and_adapter_in_plain_transformers_and_peft(qlora_run, tiny_qwen):

@@ -64,15 +64,19 @@ def _no_format(row: Any, formats: dict[str, Format]) -> str:
     """What a row has that no format takes, and what to rename for the format that is nearest to it."""
     if not isinstance(row, dict) or not row:
         return f"no format fits {_json_type(row) if row != {} else 'an empty object'}; a row is an object with fields"
-    renamings = []
+    renamings, lacking = [], []
     for fmt in formats.values():
         missing = [key for key in fmt.fields["required"] if key not in row]
+        if len(missing) < len(fmt.fields["required"]):
+            lacking.append(f"of {fmt.name} {' and '.join(missing)} is missing")
         found = [_alike(key, row) for key in missing]
         if None not in found:
             renamings.append((len(missing), ", ".join(f"{a}: {b}" for a, b in zip(found, missing, strict=True)), fmt))
     if renamings:
         _, columns, fmt = min(renamings, key=lambda renaming: renaming[0])
         hint = f"if it is meant to be {fmt.name}, set dataset.columns: {{{columns}}}"
+    elif lacking:
+        hint = lacking[0]
     else:
         hint = f"docs/formats.md shows a row of each: {', '.join(formats)}"
     return f"no format fits the fields {some(row)}; {hint}"

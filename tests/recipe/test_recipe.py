@@ -155,6 +155,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "max_samples": None,
             "every": None,
             "during_samples": 64,
+            "general": "bundled",
             "language": None,
             "generation": {"max_new_tokens": 256},
         },

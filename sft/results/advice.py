@@ -59,4 +59,4 @@ def _of_validation(run: Run) -> Iterator[str]:
 
 def _of_use(run: Run) -> Iterator[str]:
     if (run.folder / "final_model").is_dir():
-        yield "Talk to it: transformers serve final_model, in this page's folder; docs/output.md has other servers."
+        yield "Talk to it: transformers serve final_model, in this page's folder; docs/serving.md has other servers."

@@ -42,5 +42,5 @@ def test_advice_is_what_the_figures_say(given, beginnings):
 def test_a_merged_model_can_be_talked_to(tmp_path):
     (tmp_path / "final_model").mkdir()
     assert told(folder=tmp_path) == [
-        "Talk to it: transformers serve final_model, in this page's folder; docs/output.md has other servers."
+        "Talk to it: transformers serve final_model, in this page's folder; docs/serving.md has other servers."
     ]

@@ -29,6 +29,7 @@ def test_the_page_shows_what_a_run_leaves_on_a_terminal_of_80_columns(tiny_qwen,
 
     terminal = Terminal()
     command = [sys.executable, str(ROOT / "run_sft.py"), "recipes/smollm2_cpu.yaml", f"model_name_or_path={tiny_qwen}"]
+    command += ["lora_config.layers_to_transform=null", "training_args.logging_steps=1"]
     command += ["output_dir=output/tiny", "training_args.max_steps=2", "training_args.eval_strategy=steps"]
     command += ["training_args.eval_steps=1", "evaluation.generation.max_new_tokens=3"]
     for name in ("recipes", "data"):

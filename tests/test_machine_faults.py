@@ -77,6 +77,7 @@ def command(job, output, *overrides):
         "dataset.packing=false",
         "model_init.dtype=float32",
         "lora_config.lora_dropout=0.1",
+        "lora_config.layers_to_transform=null",
         "training_args.bf16=false",
         "training_args.per_device_train_batch_size=4",
         "training_args.gradient_accumulation_steps=2",

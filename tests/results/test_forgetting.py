@@ -127,6 +127,7 @@ def test_a_lora_run_without_a_test_split_measures_it_and_says_that_no_answers_ar
         "training_args.max_steps": 2,
         "training_args.learning_rate": 0.05,
         "lora_config.target_modules": "[q_proj, v_proj]",
+        "lora_config.layers_to_transform": "null",
         "export.merge": "false",
     }
     recipe = str(ROOT / "recipes/smollm2_cpu.yaml")

@@ -7,11 +7,21 @@ import signal
 import sys
 from pathlib import Path
 
-from sft import faults, processes
-from sft.errors import UserError
-from sft.model.allocator import keep_freed_memory
-from sft.plain_text import PlainFormatter, plain_text
-from sft.recipe import Recipe, load_recipe
+try:
+    from sft import faults, processes
+    from sft.errors import UserError
+    from sft.model.allocator import keep_freed_memory
+    from sft.plain_text import PlainFormatter, plain_text
+    from sft.recipe import Recipe, load_recipe
+except ModuleNotFoundError as error:
+    if str(error.name).partition(".")[0] == "sft":
+        raise
+    print(
+        f"error: {error.name} is not installed in this Python ({sys.executable}); use that of the environment which "
+        "the README makes: .venv/bin/python run_sft.py ..., on Windows .venv\\Scripts\\python",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def train(recipe: Recipe, check: bool, steps: int = 0) -> int:

@@ -333,7 +333,8 @@ def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> No
     for folder in (recipe.output_dir, final_model):
         write_json(folder / "training_config.json", description)
     say(parity_line(description["parity"]))
-    write_modelfile(final_model, data.encoder, _shown(recipe, data))
+    # Of the training files too, whose system prompt may be another than that of the test split.
+    write_modelfile(final_model, data.encoder, [*_shown(recipe, data), *first_conversations(data, recipe)])
 
 
 @memory_advice(SCORE_ADVICE)

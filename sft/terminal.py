@@ -57,6 +57,9 @@ def live_line() -> Progress:
 @contextmanager
 def bar(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A live line for work in steps. total: how many steps; None: nobody knows. Yields: what to tell the steps made."""
+    if total == 0:
+        yield lambda steps: None
+        return
     with live_line() as progress:
         task = progress.add_task(what, total=total, completed=done)
 

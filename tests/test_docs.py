@@ -50,6 +50,7 @@ def test_the_check_command_of_the_readme_runs(tiny_qwen, tmp_path, monkeypatch, 
     rows = next(text for kind, text in BLOCK.findall(read(ENGLISH)) if kind == "json").splitlines()
     monkeypatch.chdir(tmp_path)
     recipe, *rest = shlex.split(COMMAND.search(block)[1])
+    rest += ["lora_config.layers_to_transform=null", "evaluation.general=off"]
     for row in rows:  # each schema of the page, many rows of it
         lines = [row.replace("2 + 2", f"{n} + 2").replace("Hello!", f"Hello, {n}!") for n in range(60)]
         Path("mine.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -209,6 +209,8 @@ def read_text(path: Path) -> str:
                 else "recipes/ holds ready ones"
             )
             raise RecipeError(f"{path}: no such file; {where}")
+        if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+            raise RecipeError(f"{path}: is data; give a recipe, and the data as dataset.train={path}")
         if not path.is_file():
             raise RecipeError(f"{path}: is not a file; give the recipe's YAML file")
         if path.stat().st_size > MAX_BYTES:

@@ -59,7 +59,7 @@ def write_recipe(path: Path, words: Sequence[str]) -> None:
     except UserError as error:
         raise UserError(without_lines(error, path)) from None
     write_new(path, draft.text(path))
-    print(*found, f"{path} is written", sep="\n")
+    print(*found, *draft.tail, f"{path} is written", sep="\n")
 
 
 def draft_of(path: Path, model_name: str, files: Sequence[str], overrides: Sequence[str]) -> tuple[Draft, list[str]]:
@@ -135,7 +135,7 @@ def _set_data(draft: Draft, measured: Measured, context: int) -> None:
                 comment = f"about {round(share * rows):,} rows held out"
                 draft.set(f"dataset.{name}", share, comment + (", scored before and after" if name == "test" else ""))
     elif draft.value("dataset.test") is None:
-        draft.tail += [f"{rows:,} rows are too few to hold any out; with dataset.test: FILE answers are scored."]
+        draft.tail += [f"No row of {rows:,} is held out, so no answer is scored; dataset.test: 0.2 holds a fifth out."]
     longest = int(measured.lengths.max())
     enough = next((n for n in LENGTHS if np.mean(measured.lengths <= n) >= HELD), LENGTHS[-1])
     enough = min(enough, context)

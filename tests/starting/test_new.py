@@ -62,7 +62,9 @@ def test_a_recipe_is_written_from_looking_at_model_and_data_and_passes_check(sma
 def test_few_rows_are_all_trained_on_and_files_go_where_their_names_say(small_qwen):
     write_rows("chats.jsonl", 30)
     assert start(small_qwen, "chats.jsonl", UNMEASURED).dataset.test is None
-    assert "30 rows are too few to hold any out" in Path("mine.yaml").read_text(encoding="utf-8")
+    assert "No row of 30 is held out, so no answer is scored; dataset.test: 0.2 holds a fifth out." in Path(
+        "mine.yaml"
+    ).read_text(encoding="utf-8")
     Path("mine.yaml").unlink()
     for name in ("my_test.jsonl", "valid.jsonl", "latest.jsonl"):
         write_rows(name, 12)

@@ -45,7 +45,7 @@ from sft.results.summary import run_summary
 from sft.results.words import parity_line, short_merge_line
 from sft.training import arguments, check, parallel, resume, trainer
 from sft.training.duration import time_line
-from sft.training.memory import kept_bytes, memory_line
+from sft.training.memory import kept_bytes, memory_line, needs
 from sft.training.stop import StopAtSignal
 from sft.training.trainer import CompletionTrainer
 from sft.training.triton_probe import why_triton_fails
@@ -152,10 +152,11 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
         say(f"\n{sample['place']} (trained on: {legend})")
         say(check.render_pieces(sample["pieces"], colour), is_plain=True)
     say("\n" + check.stop_token_line(data, tokenizer))
-    line, fits = memory_line(recipe, meta_model, use_cpu(recipe), data.longest)
+    needed = needs(recipe, meta_model, use_cpu(recipe), data.longest)
+    line, fits = memory_line(recipe, meta_model, use_cpu(recipe), needed)
     say(line)
     say(_disk_line(recipe, meta_model, data))
-    say(time_line(recipe, data, meta_model, own_loss=use_cpu(recipe) or why_triton_fails() is not None))
+    say(time_line(recipe, data, meta_model, needed))
     say("the recipe can be run" if fits else "the recipe may not fit; see the memory line")
     return 0
 

@@ -93,7 +93,7 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     Returns: rows of input_ids, assistant_mask and seq_lengths (tokens of each conversation in it). The collator gives
     each conversation its own positions, by which no token attends to another conversation.
     """
-    lengths = _lengths(rows)
+    lengths = token_counts(rows)
     bins = best_fit(lengths, max(max_length, int(lengths.max())))
     return datasets.Dataset(pa.table({"rows": bins})).with_transform(partial(_gather, rows))
 
@@ -127,7 +127,7 @@ def _joined(bins: Iterable[dict[str, list[list[int]]]]) -> dict[str, list[Any]]:
     return joined
 
 
-def _lengths(rows: datasets.Dataset) -> np.ndarray:
+def token_counts(rows: datasets.Dataset) -> np.ndarray:
     """Tokens of each row, int64, (rows,)."""
     chunks = [pa.compute.list_value_length(chunk).to_numpy() for chunk in rows.data.column("input_ids").chunks]
     lengths = np.concatenate([np.zeros(0, np.int64), *chunks])

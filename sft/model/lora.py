@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft.errors import ModelError
-from sft.model.lora_init import changes_base, note_start, start_from_quantisation_error
+from sft.model.lora_init import WEIGHTS, changes_base, note_start, start_from_quantisation_error
 from sft.model.source import find_model, first_line, local_or_hub, refuse_damaged
 from sft.recipe import PEFT_TYPES, Recipe
 
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+PICKLE = "adapter_model.bin"
 
 
 def add_lora(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft.errors import RecipeError
-from sft.recipe.reader import Item
+from sft.recipe.reader import ROOT, Item, elsewhere
 
 
 def option(default: Any = dataclasses.MISSING, description: str = "", *, library: str = "", **schema: Any) -> Any:
@@ -203,10 +203,8 @@ class Recipe:
 
     def is_elsewhere(self, name: str) -> str:
         """What to say of a path that is not there but is beside the recipe, or in the repository; else nothing."""
-        root = Path(__file__).resolve().parents[2]
-        here = Path.cwd()
-        found = next((folder for folder in (root, self.path.parent.resolve()) if (folder / name).exists()), here)
-        return f"; it is in {found}: run the command from there" if found != here else ""
+        found = elsewhere(name, ROOT, self.path.parent.resolve())
+        return f"; {found}" if found else ""
 
     def _label(self, key: str) -> str:
         """Place and spelling of a key, or, where the file does not hold it, of the section around it.

@@ -16,6 +16,7 @@ from sft.errors import RecipeError
 from sft.plain_text import SECRET_KEY, SECRET_VALUE
 from sft.recipe.yaml_errors import explain
 
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
 MAX_BYTES, MAX_VALUES = 256 * 1024, 100_000  # a recipe is far below; a model file or a YAML alias bomb is above
 MAX_SHOWN = 100  # characters of an override in an error
 NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
@@ -202,13 +203,7 @@ def read_text(path: Path) -> str:
     """
     try:
         if not path.exists():
-            root = Path(__file__).resolve().parents[2]
-            where = (
-                f"it is in {root}: run the command from there"
-                if (root / path).exists()
-                else "recipes/ holds ready ones"
-            )
-            raise RecipeError(f"{path}: no such file; {where}")
+            raise RecipeError(f"{path}: no such file; {elsewhere(path, ROOT) or 'recipes/ holds ready ones'}")
         if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
             raise RecipeError(f"{path}: is data; give a recipe, and the data as dataset.train={path}")
         if not path.is_file():
@@ -225,6 +220,13 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{path}:{line}: is not UTF-8 (GBK, or another encoding?); save it as UTF-8") from None
+
+
+def elsewhere(path: str | Path, *folders: Path) -> str:
+    """What to say of a path that is not in the working directory but in one of these folders; else nothing."""
+    here = Path.cwd()
+    found = next((folder for folder in folders if (folder / path).exists()), here)
+    return "" if found == here else f"it is in {found}: run the command from there"
 
 
 def child_key(key: str, name: str | int) -> str:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.plain_text import SECRET_KEY, SECRET_VALUE
-from sft.recipe.reader import Item, child_key, space_hint, spell
+from sft.recipe.reader import ROOT, Item, child_key, space_hint, spell
 
 Schema = dict[str, Any]
 
-ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 MAX_NAMES = 8  # a longer list of keys or choices is not read
 NO_SECRETS = "a secret has no place in a recipe; set HF_TOKEN or WANDB_API_KEY, or run `hf auth login`"

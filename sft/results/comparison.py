@@ -27,7 +27,7 @@ from sft.results.scores import (
     row_scores,
     row_weights,
 )
-from sft.results.words import ALPHA, duration, number, plain
+from sft.results.words import ALPHA, duration, judged, number, plain
 
 LETTERS = "ABCDEF"  # a run each: as many lines as can be told apart in a plot
 TEXTS = {"predictions", "references"}  # the columns that predictions.jsonl holds
@@ -239,11 +239,8 @@ def _against(name: str, first: Measurement, other: Measurement, higher: bool | N
         pass  # neither more nor less of it is better
     elif isinstance(p, str):
         verdict = f"no verdict: {p}"
-    elif p >= ALPHA:
-        verdict = f"no clear difference, p = {p:.2g}"
     else:
-        outcome = "better" if (after > before) == higher else "worse"
-        verdict = f"{outcome}, p = {p:.2g}"
+        outcome, verdict = judged(p, (after > before) == higher, "difference")
     return Against(outcome, verdict, after - before, low, high)
 
 

@@ -12,14 +12,13 @@ from sft.errors import UserError
 from sft.recipe import Recipe
 from sft.results.answers import (
     AnswersInMemory,
-    Turn,
     generate_answers,
     generation_config,
     generation_mode,
     list_turns,
     stop_ids,
 )
-from sft.results.evaluation import answer_columns, gathered, needed_columns, own_share, reference_losses
+from sft.results.evaluation import columns_of, gathered, own_share
 from sft.results.scores import Columns, language_of, load_metric, measure
 
 # An answer of one word, by which a metric tells the names of its scores.
@@ -85,16 +84,9 @@ class ScoresDuring:
                 batch = own[begin : begin + options.batch_size]
                 generate_answers(model, encoder, batch, answers, "tuned", config, options.batch_size, is_shown=False)
                 after_batch()
-            columns = self._columns(model, answers, own)
+            columns = columns_of(self._recipe, model, encoder, own, answers, "tuned")
         whole = gathered(own, {"tuned": columns}, self._turns)["tuned"]
         return processes.decide(lambda: self._scores(whole))
-
-    def _columns(self, model: Any, answers: AnswersInMemory, own: list[Turn]) -> Columns:
-        columns, options = answer_columns(answers, "tuned", own), self._recipe.evaluation
-        if own and needed_columns(options.metrics):
-            losses = reference_losses(model, self._encoder, own, options.batch_size, self._recipe.chat)
-            columns = {**columns, **losses}
-        return columns
 
     def _scores(self, columns: Columns) -> dict[str, float]:
         references = [turn.reference for turn in self._turns]

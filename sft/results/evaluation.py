@@ -89,10 +89,7 @@ def evaluate_models(
         for each in models:
             with generation_mode(each.model, each.adapter_on):
                 generate_answers(each.model, encoder, own, answers, each.name, config, options.batch_size)
-                own_columns[each.name] = answer_columns(answers, each.name, own)
-                if own and needed_columns(options.metrics):
-                    losses = reference_losses(each.model, encoder, own, options.batch_size, recipe.chat)
-                    own_columns[each.name] = {**own_columns[each.name], **losses}
+                own_columns[each.name] = columns_of(recipe, each.model, encoder, own, answers, each.name)
     columns = gathered(own, own_columns, turns)
     forgotten = _general_loss(recipe, encoder, general, models)
     scores = processes.decide(lambda: _write_scores(recipe, turns, columns, forgotten))
@@ -101,9 +98,26 @@ def evaluate_models(
     return scores
 
 
-def needed_columns(metrics: Sequence[str]) -> set[str]:
-    """What metrics are given beside the answers and the references: the losses on these."""
-    return {column for name in metrics for column in load_metric(name).features} - {"references", *ANSWER_COLUMNS}
+def columns_of(
+    recipe: Recipe,
+    model: CausalLM,
+    encoder: ChatEncoder,
+    own: Sequence[Turn],
+    answers: AnswersInMemory,
+    name: ModelName,
+) -> Columns:
+    """What the metrics are given of a model, with one value for each of `own`: its answers, and, if a metric asks for
+    more, what it gives the references."""
+    options = recipe.evaluation
+    asked = {column for metric in options.metrics for column in load_metric(metric).features}
+    entries = [answers.entries[name, turn.key] for turn in own]
+    columns: Columns = {
+        "predictions": [entry["text"] for entry in entries],
+        "finished": [entry["finished"] for entry in entries],
+    }
+    if own and asked - {"references", *ANSWER_COLUMNS}:
+        columns = {**columns, **reference_losses(model, encoder, own, options.batch_size, recipe.chat)}
+    return columns
 
 
 def own_share(turns: Sequence[Turn]) -> list[Turn]:
@@ -228,11 +242,6 @@ def _provenance(
         "models": {each.name: each.provenance for each in models},
     }
     return json.loads(json.dumps(provenance, default=str))
-
-
-def answer_columns(answers: AnswersInMemory, name: ModelName, turns: Sequence[Turn]) -> Columns:
-    entries = [answers.entries[name, turn.key] for turn in turns]
-    return {"predictions": [entry["text"] for entry in entries], "finished": [entry["finished"] for entry in entries]}
 
 
 def _predictions(turns: Sequence[Turn], columns: Mapping[ModelName, Columns]) -> Iterator[Prediction]:

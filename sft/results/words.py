@@ -296,9 +296,18 @@ def _verdict(name: str, scores: Scores, before: ScoreEntry | None, after: ScoreE
     p, higher = (scores.get("p_value") or {}).get(name), (scores.get("higher_is_better") or {}).get(name)
     if p is None or higher is None:
         return "", f"no verdict: {(scores.get('no_p_value') or {}).get(name, 'there is no p-value')}"
+    return judged(p, (tuned_score > base_score) == higher, "change")
+
+
+def judged(p: float, is_better: bool, what: str) -> tuple[str, str]:
+    """(better, worse or "", the verdict in plain words) of a change, or another difference, with its p-value.
+
+    >>> judged(0.004, False, "change"), judged(0.4, True, "difference")
+    (('worse', 'worse, p = 0.004'), ('', 'no clear difference, p = 0.4'))
+    """
     if p >= ALPHA:
-        return "", f"no clear change, p = {p:.2g}"
-    outcome = "better" if (tuned_score > base_score) == higher else "worse"
+        return "", f"no clear {what}, p = {p:.2g}"
+    outcome = "better" if is_better else "worse"
     return outcome, f"{outcome}, p = {p:.2g}"
 
 

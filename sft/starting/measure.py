@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sft.data.packing import token_counts
 from sft.data.splits import prepare
 from sft.data.token_cache import TokenFile
 from sft.data.tokens import CONTROL, UNREADABLE
@@ -39,7 +40,7 @@ def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Measured:
     data = prepare(recipe, tokenizer)
     by_path = {str(file.path): file for file in data.files}
     train = [by_path[entry["path"]] for entry in data.ledger["files"] if entry["split"] == "train"]
-    lengths = np.concatenate([_lengths(file) for file in train])
+    lengths = np.concatenate([token_counts(file.rows) for file in train])
     problems: dict[str, list[str]] = {UNREADABLE: [], CONTROL: []}
     for file in data.files:
         for problem in file.problems:
@@ -48,20 +49,12 @@ def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Measured:
     return Measured(train, sum(file.facts["used"] for file in train), lengths, answers, data.longest, problems)
 
 
-def _column(file: TokenFile, name: str) -> Any:
-    return file.rows.data.column(name).combine_chunks()
-
-
-def _lengths(file: TokenFile) -> np.ndarray:
-    return np.diff(_column(file, "input_ids").offsets.to_numpy())
-
-
 def _answers(file: TokenFile) -> np.ndarray:
     """Lengths of the runs of 1 in assistant_mask, none across two rows.
 
     masks 0 1 1 | 1 0, of which the second begins at 3: edges at 1, 3, 4 -> runs of 2 and 1
     """
-    masks = _column(file, "assistant_mask")
+    masks: Any = file.rows.data.column("assistant_mask").combine_chunks()
     flat, starts = masks.flatten().to_numpy(), masks.offsets.to_numpy()[:-1]
     flat = np.concatenate([flat, [0]])
     is_first = np.zeros(len(flat), bool)

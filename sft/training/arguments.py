@@ -120,5 +120,10 @@ def steps(recipe: Recipe, data: Data) -> int:
     if int(args.get("max_steps", -1)) > 0:
         return int(args["max_steps"])
     rows: Any = data.train
-    each = parallel.rows_a_step({f"training_args.{key}": value for key, value in args.items()}, processes.count())
-    return math.ceil(math.ceil(len(rows) / each) * float(args.get("num_train_epochs", 3)))
+    return math.ceil(math.ceil(len(rows) / rows_a_step(recipe)) * float(args.get("num_train_epochs", 3)))
+
+
+def rows_a_step(recipe: Recipe) -> int:
+    """Rows of an optimizer step, in all processes together; a packed row is one."""
+    flat = {f"training_args.{key}": value for key, value in recipe.training_args.items()}
+    return parallel.rows_a_step(flat, processes.count())

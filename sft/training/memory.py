@@ -93,11 +93,15 @@ def estimate_memory(recipe: Recipe, model: PreTrainedModel, own_loss: bool) -> d
         own_loss: the loss is that of sft/training/trainer.py, as on a CPU, and not trl's fused one.
     Raises: RecipeError: peft refuses lora_config. RuntimeError and others: the model's code asks for contents.
     """
+    return _parts(recipe, model, training_step(recipe, model, own_loss))
+
+
+def _parts(recipe: Recipe, model: PreTrainedModel, step: LiveBytes) -> dict[str, int]:
     parts = kept_bytes(recipe, model)
     if processes.count() > 1 and sharding(recipe) is None:
         parts["DDP buckets"] = parts["gradients"]
-    step = _step(recipe, _as_trained(recipe, model), own_loss).peak - parts["gradients"]
-    parts["activations and logits"] = step + _mask_bytes(recipe, model) + _unpacked_bytes(recipe, model)
+    activations = step.peak - parts["gradients"]
+    parts["activations and logits"] = activations + _mask_bytes(recipe, model) + _unpacked_bytes(recipe, model)
     return parts
 
 
@@ -191,14 +195,20 @@ def _keep(model: Any, count: int) -> dict[str, Any]:
     return {"logits_to_keep": torch.arange(count)} if takes_logits_to_keep(model) else {}
 
 
-def batch_flops(recipe: Recipe, model: PreTrainedModel, own_loss: bool) -> tuple[int, int]:
-    """Floating-point operations of forward and backward for a batch as in `estimate_memory`, and its tokens."""
-    rows = int(recipe.training_args.get("per_device_train_batch_size", 8))
-    return _step(recipe, _as_trained(recipe, model), own_loss).flops, rows * recipe.dataset.max_length
+def batch_tokens(recipe: Recipe) -> int:
+    """Tokens of the batch of `training_step`."""
+    return int(recipe.training_args.get("per_device_train_batch_size", 8)) * recipe.dataset.max_length
+
+
+def training_step(recipe: Recipe, model: PreTrainedModel, own_loss: bool) -> LiveBytes:
+    """Forward and backward of a batch: the peak of what is made beside the weights, gradients included; FLOPs.
+
+    Args and errors: as `estimate_memory`.
+    """
+    return _step(recipe, _as_trained(recipe, model), own_loss)
 
 
 def _step(recipe: Recipe, model: Any, own_loss: bool) -> LiveBytes:
-    """Forward and backward of a batch: the peak of what is made beside the weights, gradients included; FLOPs."""
     args, autocast = recipe.training_args, autocast_dtype(recipe)
     rows, length = int(args.get("per_device_train_batch_size", 8)), recipe.dataset.max_length
     if recipe.dataset.packing:
@@ -257,11 +267,12 @@ def scoring_bytes(recipe: Recipe, model: PreTrainedModel, longest: int) -> int:
 class Needs(NamedTuple):
     """Bytes of a run. parts: of a training step, by what they are for; scoring: while answers are generated.
 
-    unknown: why the activations cannot be told, which `parts` lacks then.
+    flops: of a training step, a token; None: they cannot be told. unknown: why, and why `parts` lacks the activations.
     """
 
     parts: dict[str, int]
     scoring: int
+    flops: float | None
     unknown: str
 
     @property
@@ -273,16 +284,15 @@ def needs(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, longest: int) ->
     """What a run will ask for. longest: tokens of the longest row, of which a prompt of the test split may be."""
     own_loss = _is_shared(on_cpu) or why_triton_fails() is not None
     parts: dict[str, int] = {}
-    scoring, unknown = 0, ""
+    flops, scoring, unknown = None, 0, ""
     try:
-        parts = estimate_memory(recipe, model, own_loss)
+        step = training_step(recipe, model, own_loss)
+        flops, parts = step.flops / batch_tokens(recipe), _parts(recipe, model, step)
         scoring = scoring_bytes(recipe, model, longest) if recipe.dataset.test is not None else 0
     except Exception as error:  # whatever the code of a model's class says when it is given no contents
         parts = parts or kept_bytes(recipe, model)
-        unknown = (
-            f", and activations, which cannot be told: {type(model).__name__} needs contents ({first_line(error)})"
-        )
-    return Needs(parts, scoring, unknown)
+        unknown = f"{type(model).__name__} needs contents ({first_line(error)})"
+    return Needs(parts, scoring, flops, unknown)
 
 
 def free_bytes(on_cpu: bool) -> int:
@@ -294,9 +304,10 @@ def _is_shared(on_cpu: bool) -> bool:
     return on_cpu or not torch.cuda.is_available()  # Apple's GPUs use the machine's own memory
 
 
-def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, longest: int) -> tuple[str, bool]:
-    """The estimate against what the machine has, with what to change; whether it fits. longest: as `needs`."""
-    parts, scoring, unknown = needed = needs(recipe, model, on_cpu, longest)
+def memory_line(recipe: Recipe, model: PreTrainedModel, on_cpu: bool, needed: Needs) -> tuple[str, bool]:
+    """The estimate against what the machine has, with what to change; whether it fits."""
+    parts, scoring = needed.parts, needed.scoring
+    unknown = f", and activations, which cannot be told: {needed.unknown}" if needed.unknown else ""
     where, need, free = "memory" if on_cpu else "GPU memory", needed.most, free_bytes(on_cpu)
     detail = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     detail += f"; while scoring {scoring / 1e9:.1f}" if scoring else ""

@@ -8,7 +8,7 @@ from sft.model.load import meta_model
 from sft.model.tokenizer import load_tokenizer
 from sft.recipe import load_recipe
 from sft.training.duration import matmul_rate, run_tokens
-from sft.training.memory import batch_flops
+from sft.training.memory import batch_tokens, training_step
 from tests.training.sizes import recipe_of, small_model
 
 FULL = ["quantization_config=null", "lora_config=null", "training_args.optim=adamw_torch"]
@@ -22,7 +22,7 @@ def test_flops_are_forward_backward_and_what_is_done_again(tmp_path, checkpointi
     small_model("qwen").save_pretrained(tmp_path)
     sizes = ["dataset.max_length=64", "dataset.packing=false", "training_args.per_device_train_batch_size=3"]
     recipe = recipe_of("qwen_qlora", tmp_path, *FULL, *sizes, f"training_args.activation_checkpointing={checkpointing}")
-    flops, tokens = batch_flops(recipe, meta_model(recipe), own_loss=True)
+    flops, tokens = training_step(recipe, meta_model(recipe), own_loss=True).flops, batch_tokens(recipe)
     assert tokens == 192
     # The head: of half the tokens, never done again; nor is what only a layer's output needs. Attention is 2 % more.
     assert flops == pytest.approx(2 * 192 * (3 * LAYERS + done_again) + 2 * 96 * 3 * HEAD, rel=0.03)

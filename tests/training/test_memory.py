@@ -21,7 +21,7 @@ from sft.data.splits import Data
 from sft.model.load import load_model, meta_model
 from sft.model.lora import add_lora
 from sft.training import check
-from sft.training.memory import LiveBytes, estimate_memory, kept_bytes, memory_line, scoring_bytes
+from sft.training.memory import LiveBytes, estimate_memory, kept_bytes, memory_line, needs, scoring_bytes
 from sft.training.trainer import make_trainer
 from tests.families import FAMILIES, build
 from tests.training.sizes import chatglm_6b, qwen_7b, recipe_of, small_model
@@ -254,19 +254,23 @@ def test_scoring_a_full_fine_tuning_holds_base_and_tuned(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the terminal
 
 
+def told(recipe, model, longest):
+    return memory_line(recipe, model, True, needs(recipe, model, True, longest))
+
+
 def test_what_does_not_fit_is_said_with_what_helps(tmp_path):
     recipe = recipe_of("chatglm3_4bit", chatglm_6b(tmp_path), "training_args.per_device_train_batch_size=100000")
-    line, fits = memory_line(recipe, meta_model(recipe), on_cpu=True, longest=1)
+    line, fits = told(recipe, meta_model(recipe), longest=1)
     assert not fits
     assert line.splitlines()[1].startswith("it does not fit; what helps: training_args.per_device_train_batch_size: 1")
     small = dataclasses.replace(recipe, training_args={**recipe.training_args, "activation_checkpointing": False})
-    line, _ = memory_line(small, meta_model(recipe), on_cpu=True, longest=1)
+    line, _ = told(small, meta_model(recipe), longest=1)
     assert "what helps: training_args.activation_checkpointing: true" in line
 
 
 def test_where_scoring_needs_most_its_batch_is_what_helps(tmp_path):
     recipe = recipe_of("qwen_qlora", qwen_7b(tmp_path), "evaluation.batch_size=100000", "dataset.max_length=64")
-    line, fits = memory_line(recipe, meta_model(recipe), on_cpu=True, longest=64)
+    line, fits = told(recipe, meta_model(recipe), longest=64)
     assert not fits and line.endswith("what helps: evaluation.batch_size below 100000")
 
 
@@ -277,7 +281,7 @@ def test_a_model_that_needs_contents_gets_what_is_known_and_why_it_is_no_more(tm
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     recipe = recipe_of("qwen_qlora", tmp_path, *FULL, "model_init.dtype=float32")
-    line, fits = memory_line(recipe, meta_model(recipe), on_cpu=True, longest=1)
+    line, fits = told(recipe, meta_model(recipe), longest=1)
     assert (
         fits and "GB needed (float32 weights 0.0, gradients 0.0, moments 0.0), and activations, which cannot be" in line
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu_checks.line import Line, judged, not_here
 from benchmarks.gpu_checks.machine import DEVICE, ON_GPU
-from benchmarks.gpu_checks.models import ROOT, overrides_for, small_qwen
+from benchmarks.gpu_checks.models import ROOT, full_size, overrides_for, small_qwen
 
 RECIPE = str(ROOT / "recipes/qwen_qlora.yaml")
 SHORT = [
@@ -28,6 +29,14 @@ SHORT = [
     "evaluation.generation.max_new_tokens=8",
     "evaluation.max_samples=4",
 ]
+SHORT_WHOLE = [
+    "training_args.max_steps=3",
+    "training_args.logging_steps=1",
+    "evaluation.generation.max_new_tokens=32",
+    "evaluation.max_samples=4",
+]
+WHOLE_RECIPE_SECONDS = 190
+WHOLE_RECIPE_BYTES = 40e9 if ON_GPU else 1e8  # the base and its merged copy
 FULL = ["quantization_config=null", "lora_config=null", "training_args.optim=adamw_torch"]
 # Keys as accelerate documents them, and as trl/accelerate_configs/fsdp2.yaml has them for eight processes.
 FSDP2 = """\
@@ -86,6 +95,44 @@ def whole_run(folder: Path) -> Iterator[Line]:
     )
 
 
+def whole_qwen_qlora(folder: Path) -> Iterator[Line]:
+    return _whole_recipe(folder, "qwen_qlora")
+
+
+def whole_chatglm3_4bit(folder: Path) -> Iterator[Line]:
+    return _whole_recipe(folder, "chatglm3_4bit")
+
+
+def _whole_recipe(folder: Path, name: str) -> Iterator[Line]:
+    """recipes/NAME.yaml with random weights of the released size, from the command to the page; three steps."""
+    if (free := shutil.disk_usage(folder).free) < WHOLE_RECIPE_BYTES:
+        yield not_here("", f"{folder} has {free / 1e9:.0f} GB free, and it takes {WHOLE_RECIPE_BYTES / 1e9:.0f}")
+        return
+    try:
+        output = folder / name / "run"
+        overrides = overrides_for(full_size(name, folder / name / "base"), *SHORT_WHOLE, f"output_dir={output}")
+        begun = time.perf_counter()
+        recipe = str(ROOT / f"recipes/{name}.yaml")
+        process, log = _start([str(ROOT / "run_sft.py"), recipe, *overrides], folder / f"{name}.log")
+        try:
+            code: int | str = process.wait(WHOLE_RECIPE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"none in {WHOLE_RECIPE_SECONDS} s"
+        seconds = time.perf_counter() - begun
+        holds = code == 0 and (output / "report.html").is_file() and (output / "final_model").is_dir()
+        if not holds:
+            yield judged("", False, f"exit code {code}: {_last_line(log)}", log=_read(log)[-6000:])
+            return
+        used = json.loads((output / "training_config.json").read_text(encoding="utf-8"))
+        parts = ", ".join(f"{part} {taken:.0f} s" for part, taken in used["resources"]["seconds"].items())
+        peak = used["resources"]["peak_gpu_memory_bytes"] or 0
+        figure = f"{seconds:.0f} s ({parts}), {peak / 1e9:.1f} GB of the GPU"
+        yield judged("", True, figure, log=_read(log)[-6000:], **used["resources"])
+    finally:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def _difference_of_merged_model(base: Path, output: Path) -> float:
     """bfloat16 rounding of the merged weights at most."""
     ids = torch.arange(3, 60, device=DEVICE)[None]
@@ -140,7 +187,8 @@ def _launched(folder: Path, name: str, launcher: list[str], overrides: list[str]
 def _start(arguments: list[str], log: Path) -> tuple[subprocess.Popen[bytes], Path]:
     """A Python process that writes all it says to a file."""
     with open(log, "wb") as stream:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=stream, stderr=stream
         )

@@ -5,17 +5,19 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from benchmarks.gpu_checks.line import Line, judged, not_here
 from benchmarks.gpu_checks.machine import ON_GPU, peak_flops, sync
 from benchmarks.gpu_checks.models import full_size, recipe_for
+from benchmarks.gpu_checks.shares import Shares, shares_of_work
 from sft.data.splits import Data, prepare
 from sft.model.load import load_model, meta_model
 from sft.model.lora import add_lora
@@ -25,10 +27,10 @@ from sft.training import arguments, check, trainer
 from sft.training.memory import estimate_memory
 
 LENGTHS = (2048, 8192) if ON_GPU else (512, 1024)
-STEPS = 5
+STEPS = 6  # the first compiles kernels, the last is profiled, and those between are timed
 DISK_BYTES = 17e9 if ON_GPU else 1e8
 MEMORY_LIMIT = 0.15  # how far --check's estimate may be off
-SLOWER_THAN_TRL = 0.9  # what we add to trl's trainer may not cost more than the noise of five steps
+SLOWER_THAN_TRL = 0.9  # what we add to trl's trainer may not cost more than the noise of four steps
 
 
 def qwen_qlora(folder: Path) -> Iterator[Line]:
@@ -40,7 +42,7 @@ def chatglm3_4bit(folder: Path) -> Iterator[Line]:
 
 
 def _full_size(name: str, folder: Path) -> Iterator[Line]:
-    """Five steps of recipes/NAME.yaml at each length, without accumulation and evaluation, ours and then trl's."""
+    """Six steps of recipes/NAME.yaml at each length, without accumulation and evaluation, ours and then trl's."""
     if (free := shutil.disk_usage(folder).free) < DISK_BYTES:
         yield not_here("", f"{folder} has {free / 1e9:.0f} GB free, and the model takes {DISK_BYTES / 1e9:.0f}")
         return
@@ -101,6 +103,7 @@ def _both_trainers(recipe: Recipe, model: Any, held_before: int) -> Iterator[Lin
     finite = len(ours.losses) == STEPS and all(map(math.isfinite, ours.losses))
     numbers = {"tokens_a_second": ours.tokens_a_second, "share_of_peak": share, "losses": ours.losses}
     yield judged(f"{length} tokens, speed", finite, figure, step_seconds=ours.seconds, **numbers)
+    yield _profile(f"{length} tokens, time", ours)
     yield _memory(recipe, meta, ours.peak_bytes - held_before)
 
     args = arguments.training_config(recipe)
@@ -112,6 +115,16 @@ def _both_trainers(recipe: Recipe, model: Any, held_before: int) -> Iterator[Lin
     figure = f"{ratio:.2f} times the {trls.tokens_a_second:,.0f} tokens/s of trl's SFTTrainer (padding-free, sdpa)"
     numbers = {"ratio": ratio, "tokens_a_second": trls.tokens_a_second, "peak_bytes": trls.peak_bytes - held_before}
     yield judged(f"{length} tokens, beside trl", not ON_GPU or ratio > SLOWER_THAN_TRL, figure, **numbers)
+
+
+def _profile(part: str, steps: "_Steps") -> Line:
+    """Shares of the last step, which the profiler makes longer: what is neither in a kernel is waiting for one."""
+    wall = steps.seconds[-1]
+    kinds = {kind: seconds / wall for kind, seconds in steps.work.kinds.most_common()}
+    idle = max(0.0, 1 - sum(kinds.values()))
+    figure = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items()) + f", between kernels {idle:.0%}"
+    longest = {name[:120]: seconds / wall for name, seconds in steps.work.names.most_common(12)}
+    return judged(part, True, figure, shares={**kinds, "between kernels": idle}, longest=longest)
 
 
 def _labels(row: dict[str, Any]) -> list[int]:
@@ -152,20 +165,25 @@ class _Steps(TrainerCallback):
         self.tokens: list[int] = []
         self.losses: list[float] = []
         self.peak_bytes = 0
+        self.work = Shares()
+        self._profiler = ExitStack()
         self._begun = 0.0
 
     @property
     def tokens_a_second(self) -> float:
-        """Without the first step, in which kernels are compiled."""
-        return sum(self.tokens[1:]) / sum(self.seconds[1:])
+        """Without the first step, in which kernels are compiled, and the last, which is profiled."""
+        return sum(self.tokens[1:-1]) / sum(self.seconds[1:-1])
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         sync()
+        if state.global_step == STEPS - 1:
+            self.work = self._profiler.enter_context(shares_of_work())
         self._begun = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         sync()
         self.seconds.append(time.perf_counter() - self._begun)
+        self._profiler.close()
 
     def count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tokens.append(kwargs["input_ids"].numel())

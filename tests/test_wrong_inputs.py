@@ -163,16 +163,36 @@ def test_wrong_input_gets_one_clear_answer(name, small_qwen, tmp_path, capfd, mo
     assert sorted(tmp_path.iterdir()) == before, "something was left behind"
 
 
-def test_bad_rows_are_all_named_up_to_twenty_then_counted(small_qwen, tmp_path, capfd):
-    (tmp_path / "train.jsonl").write_text(lines(GOOD, *["{"] * 25), encoding="utf-8")
+def refused(small_qwen, tmp_path, capfd, *rows):
+    """What is said of these rows, line by line."""
+    (tmp_path / "train.jsonl").write_text(lines(*rows), encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=small_qwen, folder=tmp_path), encoding="utf-8")
     assert run_sft.main([str(recipe)]) == 2
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 22
-    assert said[19].startswith(f"{tmp_path}/train.jsonl:21: is not JSON")
-    assert said[20] == "... and 5 more"
-    assert "dataset.on_error: skip" in said[21]
+    return capfd.readouterr().err.removeprefix("error: ").replace(f"{tmp_path}/", "").splitlines()
+
+
+def test_a_problem_that_many_rows_have_is_said_once_with_the_first_three(small_qwen, tmp_path, capfd):
+    empty = {"conversation": []}
+    assert refused(small_qwen, tmp_path, capfd, GOOD, *["{"] * 3, empty, "{", empty, "7") == [
+        "train.jsonl:2: is not JSON: Expecting property name enclosed in double quotes at column 2; write each row in "
+        "one line (in 4 rows: 2, 3, 4, ...)",
+        "train.jsonl:5: the conversation is empty (in 2 rows: 5, 7)",
+        "train.jsonl:8: the row is a number, not an object",
+        "mend the 7 rows; or set dataset.on_error: skip",
+    ]
+
+
+def test_who_would_skip_every_row_is_not_advised_to(small_qwen, tmp_path, capfd):
+    said = refused(small_qwen, tmp_path, capfd, *[{"question": "a", "answer": "b"}] * 25)
+    assert said[0].endswith("set dataset.columns: {question: human, answer: assistant} (in 25 rows: 1, 2, 3, ...)")
+    assert said[1:] == ["mend the 25 rows"]
+
+
+def test_different_problems_are_named_up_to_twenty_then_counted(small_qwen, tmp_path, capfd):
+    said = refused(small_qwen, tmp_path, capfd, GOOD, *['{"a": ' + "[" * i for i in range(25)])
+    assert [line.partition(": ")[0] for line in said[:20]] == [f"train.jsonl:{i}" for i in range(2, 22)]
+    assert said[20:] == ["... and 5 more", "mend the 25 rows; or set dataset.on_error: skip"]
 
 
 def test_a_run_from_another_folder_is_told_where_recipe_model_and_data_are(tmp_path, capfd, monkeypatch):

@@ -1,5 +1,6 @@
 """What the recipe says about rows that cannot be taken as they are: an error, or left out as long as few are."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 from sft.data.token_cache import TokenFile
@@ -7,7 +8,7 @@ from sft.data.tokens import CONTROL, OVERLONG, SHORTENED, UNREADABLE, Problem
 from sft.errors import DataError
 from sft.recipe import Recipe
 
-SHOWN = 20  # problems printed before a count
+SHOWN = 20  # lines printed before a count
 # For each kind of problem the recipe key that decides, and what else that key offers.
 POLICIES = {
     UNREADABLE: ("dataset.on_error", "skip"),
@@ -17,8 +18,11 @@ POLICIES = {
 }
 
 
-def refuse_problems(files: Iterable[tuple[str, list[Problem]]], recipe: Recipe) -> None:
-    """Raises: DataError: rows that the recipe's policies do not let pass, with file:line, the first SHOWN of them."""
+def refuse_problems(files: Iterable[tuple[str, list[Problem], int]], recipe: Recipe) -> None:
+    """files: each with its problems, and how many rows were read of it.
+
+    Raises: DataError: rows that the recipe's policies do not let pass, with file:line, the first SHOWN kinds of them.
+    """
     options = recipe.dataset
     lenient = {
         UNREADABLE: options.on_error == "skip",
@@ -26,22 +30,40 @@ def refuse_problems(files: Iterable[tuple[str, list[Problem]]], recipe: Recipe) 
         OVERLONG: options.overlength != "error",
         SHORTENED: options.overlength != "error",
     }
-    refused = [(path, problem) for path, problems in files for problem in problems if not lenient[problem.kind]]
-    if refused:
-        lines = [f"{path}:{problem.line}: {problem.message}" for path, problem in refused[:SHOWN]]
-        if len(refused) > SHOWN:
-            lines.append(f"... and {len(refused) - SHOWN:,} more")
-        policies = sorted({POLICIES[problem.kind] for _, problem in refused})
-        advice = "; or set ".join(f"{key}: {choices}" for key, choices in policies)
-        rows = "the row" if len(refused) == 1 else f"the {len(refused):,} rows"
-        raise DataError("\n".join([*lines, f"mend {rows}; or set {advice}"]))
+    lines: list[str] = []
+    kinds: set[str] = set()
+    count, would_be_left = 0, True  # whether rows of each file are left if on_error skips the bad ones
+    for path, problems, rows in files:
+        refused = [problem for problem in problems if not lenient[problem.kind]]
+        lines += _lines(path, refused)
+        kinds.update(problem.kind for problem in refused)
+        count += len(refused)
+        would_be_left &= sum(problem.kind == UNREADABLE for problem in refused) < max(1, rows)
+    if lines:
+        if len(lines) > SHOWN:
+            lines[SHOWN:] = [f"... and {len(lines) - SHOWN:,} more"]
+        policies = sorted({POLICIES[kind] for kind in kinds if kind != UNREADABLE or would_be_left})
+        advice = "".join(f"; or set {key}: {choices}" for key, choices in policies)
+        raise DataError("\n".join([*lines, f"mend {'the row' if count == 1 else f'the {count:,} rows'}{advice}"]))
+
+
+def _lines(path: object, problems: Iterable[Problem]) -> list[str]:
+    """A line for each problem that differs, with how many rows have it and the first of these."""
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for problem in problems:
+        numbers[problem.message].append(problem.line)
+    return [
+        f"{path}:{found[0]}: {message}"
+        + (f" (in {len(found):,} rows: {', '.join(map(str, found[:3]))}{', ...' * (len(found) > 3)})" * (len(found) > 1))
+        for message, found in numbers.items()
+    ]
 
 
 def refuse_losses(split: str, files: list[TokenFile], recipe: Recipe) -> None:
     """Raises: DataError: nothing of a split is left to use, or more was lost than dataset.max_lost."""
     read = sum(file.facts["rows"] for file in files)
     lost = sum(len(file.problems) + len(file.facts["trimmed"]) for file in files)
-    examples = [f"{file.path}:{p.line}: {p.message}" for file in files for p in file.problems[:3]][:SHOWN]
+    examples = [line for file in files for line in _lines(file.path, file.problems)[:3]][:SHOWN]
     if not sum(file.facts["used"] for file in files):
         raise DataError("\n".join([f"no row of dataset.{split} is left to use", *examples]))
     if lost > recipe.dataset.max_lost * read:

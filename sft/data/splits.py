@@ -117,7 +117,7 @@ def _tokenise_splits(
             key = (str(file), source.format)
             files[key] = files.get(key) or tokenise_file(file, source.format, encoder, recipe)
             sources[name].append((files[key], source.weight))
-    refuse_problems([(str(file.path), file.problems) for file in files.values()], recipe)
+    refuse_problems([(str(file.path), file.problems, file.facts["rows"]) for file in files.values()], recipe)
     splits = {}
     for name, entries in sources.items():
         rows = TokenRows([file for file, _ in entries], [weight for _, weight in entries])
@@ -237,12 +237,12 @@ def _streamed_rows(
     for source, file in files:
         tokeniser = FileTokeniser(encoder, recipe, source.format)
         for batch in tokeniser.batches(read_rows(file), file):
-            refuse_problems([(str(file), tokeniser.problems)], recipe)
+            refuse_problems([(str(file), tokeniser.problems, tokeniser.rows_read)], recipe)
             tokeniser.problems.clear()
             given += len(batch)
             for row in batch.to_pylist():
                 yield {"input_ids": row["input_ids"], "assistant_mask": row["assistant_mask"]}
         tokeniser.reader.refuse_unused_columns(file)
-        refuse_problems([(str(file), tokeniser.problems)], recipe)
+        refuse_problems([(str(file), tokeniser.problems, tokeniser.rows_read)], recipe)
     if not given:
         raise DataError("no row of dataset.train is left to use")

@@ -44,14 +44,19 @@ class Values(ProgressColumn):
 
 
 def live_line() -> Progress:
-    """A line that is drawn again and again, and is gone at its end; nothing where nobody looks."""
+    """A line that is drawn again and again, and is gone at its end; nothing where nobody looks.
+
+    The time left is by the mean of all steps but the first, so that a slow one, or a pause, moves it little.
+    """
     head = (
         TextColumn("{task.description}", markup=False, table_column=UNWRAPPED),
         BarColumn(bar_width=6, table_column=UNWRAPPED),
         Steps(table_column=UNWRAPPED),
         TimeLeft(compact=True, table_column=UNWRAPPED),
     )
-    return Progress(*head, Values(), console=Console(), transient=True, disable=not is_watched())
+    mean_of_all = float("inf")  # seconds that the speed is taken over
+    options = {"transient": True, "disable": not is_watched()}
+    return Progress(*head, Values(), console=Console(), speed_estimate_period=mean_of_all, **options)
 
 
 @contextmanager

@@ -19,7 +19,8 @@ def train(line, steps=3):
     state = SimpleNamespace(global_step=0, max_steps=4)
     with line:
         line.on_train_begin(None, state, None)
-        line.on_prediction_step(None, state, None)
+        for _ in range(2):
+            line.on_prediction_step(None, state, None, eval_dataloader=["batch", "batch"])
         line.on_log(None, state, None, logs={"eval_loss": 4.6467})
         for _ in range(steps):
             state.global_step += 1
@@ -56,9 +57,26 @@ def test_at_a_terminal_one_live_line_of_at_most_80_columns_that_is_gone_at_the_e
     lines = drawn(screen)
     assert max(map(len, lines)) <= 80
     assert any(re.match(LINE, line) for line in lines)
-    assert any(line.startswith("validating") for line in lines)
     assert screen.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K"), "the cursor is back, and the line is wiped out"
     assert "step 0: validation loss 4.647" in lines
+
+
+def test_a_validation_has_a_line_of_its_own_with_its_batches(screen):
+    train(TrainingLine(lambda: 300))
+    lines = [line for line in drawn(screen) if re.match("validating|step ", line)]
+    assert {re.search(r"\d/\d", line)[0] for line in lines if line.startswith("validating")} == {"0/2", "1/2", "2/2"}
+    assert re.match(r"step .* 3/4", lines[-1]), "the line of training is back"
+
+
+def test_the_time_left_goes_by_the_mean_of_all_steps_and_not_by_the_last_seconds(screen, monkeypatch):
+    now = [0.0]
+    line = terminal.live_line()
+    line.get_time = lambda: now[0]
+    task = line.add_task("step", total=41)
+    for seconds in [9, *[1] * 19, 58, *[1] * 5]:  # a slow first step; a validation after the twentieth
+        now[0] += seconds
+        line.update(task, advance=1)
+    assert line.tasks[0].time_remaining == 50  # 15 steps of (25 + 57) / 25 seconds
 
 
 def test_a_run_that_fails_gives_the_cursor_back(screen):

@@ -137,7 +137,7 @@ def test_a_server_renders_the_final_model_as_it_was_trained(qlora_run):
         assert parity["trained_stops"] == {"<|im_end|>": 151645}
         assert parity["stops"]["<|im_end|>"] == 151645
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert "renders 38 prompts to the ids of training; it stops at" in page
+    assert "turns 38 prompts into the tokens of training, and answers end at" in page
 
 
 def test_the_final_model_is_certified_and_told_apart_from_the_4_bit_model_that_was_trained(qlora_run):

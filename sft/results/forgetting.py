@@ -43,7 +43,7 @@ def general_line(general: GeneralLoss) -> str:
 
     >>> risen = {"score": 0.33, "low": 0.28, "high": 0.39}
     >>> general_line({"rows": 86, "base": {"score": 2.31}, "tuned": {"score": 2.64}, "difference": risen})
-    'general text: loss 2.31 -> 2.64 (+0.33, 95 % 0.28 to 0.39): it has forgotten'
+    'general text: loss 2.31 -> 2.64 (+0.33, 95 % 0.28 to 0.39): worse than before'
     """
     if not general["rows"]:
         return "general text: not measured, the tokenizer cannot take it"
@@ -52,10 +52,10 @@ def general_line(general: GeneralLoss) -> str:
     before, after, difference = general["base"], general["tuned"], general["difference"]
     low, high = difference["low"], difference["high"]
     if has_forgotten(general):
-        verdict = "it has forgotten"
+        verdict = "worse than before"
     elif low > 0:
-        verdict = "little forgotten"
+        verdict = "slightly worse"
     else:
-        verdict = "no sign it forgot" if high < 0 else "no clear change"
+        verdict = "not worse" if high < 0 else "no clear change"
     interval = f"{difference['score']:+.2f}, 95 % {low:.2f} to {high:.2f}"
     return f"general text: loss {before['score']:.2f} -> {after['score']:.2f} ({interval}): {verdict}"

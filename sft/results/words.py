@@ -107,7 +107,7 @@ def story(run: Run) -> str:
         words += f", on {'a CPU' if run.config['device'] == 'cpu' else run.config['device']}"
     if run.config.get("commit"):
         commit, changes, _ = str(run.config["commit"]).partition("+")
-        words += f", at commit {commit[:12]}{' with uncommitted changes' if changes else ''}"
+        words += f", with version {commit[:12]} of the code{' and changes since' if changes else ''}"
     return words + "."
 
 
@@ -136,16 +136,14 @@ def parity_line(parity: dict[str, Any]) -> str:
     """What the comparison with a server found, in words.
 
     >>> parity_line({"prompts": 38, "spelled_control_tokens": 0, "trained_stops": {"</s>": 2}, "stops": {"</s>": 2}})
-    'parity: a fresh process with plain transformers renders 38 prompts to the ids of training; it stops at </s> (2)'
+    'as served: plain transformers turns 38 prompts into the tokens of training, and answers end at </s> (2)'
     """
     if reason := parity.get("not_checked"):
-        return f"parity: not checked; {reason}"
-    words = (
-        f"parity: a fresh process with plain transformers renders {parity['prompts']:,} prompts to the ids of training"
-    )
+        return f"as served: not checked; {reason}"
+    words = f"as served: plain transformers turns {parity['prompts']:,} prompts into the tokens of training"
     if spelled := parity.get("spelled_control_tokens"):
         words += f" ({spelled:,} more spell a control token: text in training, the token for a server)"
-    return f"{words}; it stops at {', '.join(f'{token} ({id})' for token, id in parity['stops'].items())}"
+    return f"{words}, and answers end at {', '.join(f'{token} ({id})' for token, id in parity['stops'].items())}"
 
 
 def short_merge_line(certificate: dict[str, Any]) -> str:
@@ -155,7 +153,7 @@ def short_merge_line(certificate: dict[str, Any]) -> str:
     if "merge_error" not in certificate:
         return f"not judged against base and adapter, since {certificate['not_judged']}"
     greedy, tokens = certificate["export"]["greedy"], certificate["positions"]
-    return f"it is base and adapter: in {certificate['dtype']} {greedy:.1%} of {tokens:,} greedy tokens agree"
+    return f"it writes as base and adapter do, {greedy:.1%} of {tokens:,} tokens the same ({certificate['dtype']})"
 
 
 def merge_line(certificate: dict[str, Any]) -> str:

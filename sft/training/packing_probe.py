@@ -250,7 +250,7 @@ def _compare(model: PreTrainedModel, apart: torch.Tensor, collate: Collate) -> F
         return Finding(False, f"{name} takes no packed rows here: {first_line(error)}")
     off = float((together - apart[:2]).abs().max() / moved)
     if off < TOLERANCE:
-        return Finding(True, f"in a small {name} packed conversations come out as they do apart", off)
+        return Finding(True, f"conversations share a row, which changes no result (tried in a small {name})", off)
     if (together[1] - packed(other, second)[1]).abs().max() > TOLERANCE * moved:
         return Finding(False, f"{name} lets the conversations of a packed row see each other", off)
     return Finding(False, f"{name} does not count the positions of each packed conversation as it does apart", off)

@@ -43,10 +43,10 @@ def test_the_loss_is_a_mean_over_tokens_and_its_interval_draws_whole_rows():
 @pytest.mark.parametrize(
     ("general", "verdict", "is_told"),
     [
-        (measured(2.0, 2.4, 0.3, 0.5), "(+0.40, 95 % 0.30 to 0.50): it has forgotten", True),
-        (measured(2.0, 2.05, 0.02, 0.08), "(+0.05, 95 % 0.02 to 0.08): little forgotten", False),
+        (measured(2.0, 2.4, 0.3, 0.5), "(+0.40, 95 % 0.30 to 0.50): worse than before", True),
+        (measured(2.0, 2.05, 0.02, 0.08), "(+0.05, 95 % 0.02 to 0.08): slightly worse", False),
         (measured(2.0, 2.4, -0.1, 0.9), "(+0.40, 95 % -0.10 to 0.90): no clear change", False),
-        (measured(2.0, 1.8, -0.3, -0.1), "(-0.20, 95 % -0.30 to -0.10): no sign it forgot", False),
+        (measured(2.0, 1.8, -0.3, -0.1), "(-0.20, 95 % -0.30 to -0.10): not worse", False),
     ],
 )
 def test_words_follow_the_interval_and_the_size(general, verdict, is_told):
@@ -104,14 +104,14 @@ def test_max_samples_counts_general_rows_too(llama, tmp_path):
 def test_page_and_summary_say_it_and_what_to_do(tmp_path):
     rows = written_predictions()
     folder = write_run(tmp_path, scores=scores_of(rows) | {"general": measured(2.31, 2.64, 0.28, 0.39)})
-    said = "eneral text: loss 2.31 -> 2.64 (+0.33, 95 % 0.28 to 0.39): it has forgotten"
+    said = "eneral text: loss 2.31 -> 2.64 (+0.33, 95 % 0.28 to 0.39): worse than before"
     page = Page(write_report(folder)).words
     assert f"G{said}." in page and "The loss on general text rose by 0.33: try fewer epochs" in page
     assert f"\ng{said}\n\n" in run_summary(folder)
     folder = write_run(tmp_path, scores={"rows": 0, "general": measured(2.31, 2.33, 0.01, 0.04)})
     page = Page(write_report(folder)).words
     assert "There are no scores (no test split)." in page and "general text rose" not in page
-    assert "little forgotten" in page and "little forgotten" in run_summary(folder)
+    assert "slightly worse" in page and "slightly worse" in run_summary(folder)
 
 
 def test_a_lora_run_without_a_test_split_measures_it_and_says_that_no_answers_are_scored(small_qwen, tmp_path, capfd):

@@ -19,9 +19,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def test_page_says_in_a_sentence_what_was_trained(ordinary):
     sentence = "HuggingFaceTB/SmolLM2-135M-Instruct was trained by LoRA of rank 16 over 4-bit weights (nf4), on 1,176 "
     sentence += (
-        "conversations, for 3 epochs (240 steps) at a learning rate of 0.0002, on a CPU, at commit 5df27cb01234 with"
+        "conversations, for 3 epochs (240 steps) at a learning rate of 0.0002, on a CPU, with version 5df27cb01234"
     )
-    assert sentence + " uncommitted changes." in ordinary[1].words
+    assert sentence + " of the code and changes since." in ordinary[1].words
 
 
 def test_page_says_whether_the_model_got_better(ordinary):

@@ -17,6 +17,7 @@ from sft.recipe.tools import COMMANDS, tool_of, tool_of_command
 SETS = re.compile(r"^\s*(?:export\s+)?(\w+)=(\S*)\s*\\?\s*$")
 SUM = re.compile(r"\$\(expr\s+(\d+)\s*\\?([-+*/])\s*(\d+)\)|\$\(\((\d+)\s*([-+*/])\s*(\d+)\)\)")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+HUBS = re.compile(r"\b(USE_MODELSCOPE_HUB|USE_HF)=(\w+)")  # how a script says where names are looked up
 # How a script says how many GPUs share a step.
 PROCESSES = re.compile(r"\b(?:NPROC_PER_NODE=|nproc_per_node[ =]|num_processes[ =])(\d+)")
 
@@ -88,6 +89,8 @@ def _command_keys(path: Path, text: str, tool: str) -> tuple[dict[str, Item], in
     for item in keys.values():
         if isinstance(item.value, list) and all(isinstance(value, str) for value in item.value):
             item.value = _value(item.value, item)
+    for name, value in HUBS.findall("\n".join(lines)):
+        keys.setdefault(name.lower(), Item(value.lower() in ("1", "true"), f"{path}", name.lower()))
     if "config" in keys and isinstance(keys["config"].value, str):
         keys = _yaml_keys(_found(path, keys.pop("config").value)) | keys
     return keys, int(processes[1]) if processes else 1

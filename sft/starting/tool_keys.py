@@ -89,7 +89,24 @@ def translate(source: ToolFile, draft: Draft, given: set[str]) -> list[str]:
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     _settle(draft)
-    return unmatched
+    return [*unmatched, *_upload(written, has_switch="push_to_hub" in table["keys"], draft=draft)]
+
+
+def _upload(written: dict[str, Item], has_switch: bool, draft: Draft) -> Iterator[str]:
+    """Sets the upload at the end where there is one that names a user. has_switch: a name alone uploads nothing there.
+
+    Yields: that an upload names none.
+    """
+    name, private = written.get("hub_model_id"), written.get("hub_private_repo")
+    switch = written.get("push_to_hub") if has_switch else name
+    if switch is None or switch.value in OFF:
+        return
+    if name is None or "/" not in str(name.value):
+        yield f"{switch.where}: {switch.key}: set export.push_to_hub to user/name"
+        return
+    draft.set("export.push_to_hub", name.value)
+    if private is not None:
+        draft.set("export.private", private.value)
 
 
 def _default(value: Any, values: dict[str, Any]) -> Any:

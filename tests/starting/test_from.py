@@ -189,6 +189,26 @@ def test_trl_trains_float32_weights_unless_told_otherwise_and_nests_no_quantisat
     assert recipe.lora_config == {"r": 16, "target_modules": ["q_proj"], "lora_alpha": 32, "lora_dropout": 0.05}
 
 
+def test_an_upload_goes_over_where_it_names_a_user_and_is_switched_on(capsys):
+    name = "hub_model_id: keeper/maren\n"
+    export = migrate(TRL + name + "push_to_hub: true\nhub_private_repo: false\n").export
+    assert (export.push_to_hub, export.private) == ("keeper/maren", False)
+    assert migrate_again(TRL + name).export.push_to_hub is None  # not pushed there either
+    assert migrate_again(AXOLOTL + name).export.push_to_hub == "keeper/maren"  # whose name alone uploads
+    assert "push_to_hub" not in capsys.readouterr().out
+    assert migrate_again(HANDBOOK + "push_to_hub: true\nhub_model_id: maren\n").export.push_to_hub is None
+    assert "line 12: push_to_hub: set export.push_to_hub to user/name" in capsys.readouterr().out
+
+
+def test_modelscope_stays_where_names_are_looked_up():
+    assert migrate(SWIFT.replace("--max_length", "--use_hf false --max_length"), name="train.sh").hub == "modelscope"
+    assert migrate_again(SWIFT.replace("NPROC", "USE_HF=0 NPROC"), name="train.sh").hub == "modelscope"
+    assert migrate_again(SWIFT.replace("NPROC", "USE_HF=1 NPROC"), name="train.sh").hub == "huggingface"
+    Path("sft.yaml").write_text(LLAMAFACTORY, encoding="utf-8")
+    script = "export USE_MODELSCOPE_HUB=1\nllamafactory-cli train sft.yaml\n"
+    assert migrate_again(script, name="train.sh").hub == "modelscope"
+
+
 def test_lora_plus_and_early_stopping_go_over():
     more = "early_stopping_patience: 3\nloraplus_lr_ratio: 16\n"
     recipe = migrate(AXOLOTL + more)
@@ -197,9 +217,10 @@ def test_lora_plus_and_early_stopping_go_over():
     assert recipe.early_stopping is None  # there is nothing to validate on
 
 
-def migrate_again(text, *overrides):
+def migrate_again(text, *overrides, **options):
     Path("mine.yaml").unlink()
-    return migrate(text, *overrides)
+    Path("mine.jinja").unlink(missing_ok=True)
+    return migrate(text, *overrides, **options)
 
 
 def test_alignment_handbook_s_mixture_and_template(capsys):

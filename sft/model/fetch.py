@@ -69,6 +69,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def main() -> int:
+    os.environ["TQDM_DISABLE"] = "1"  # the three bars of the libraries; tqdm reads it when it is imported
     try:
         print(f"SmolLM2-135M-Instruct is in {fetch()}")
     except UserError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sft.errors import FormatError
 
-FIELDS = {"required": {"conversation": list}, "optional": {"system": str}}
+FIELDS = {"required": {"conversation": list}, "optional": {"system": str}, "turns": {"human": str, "assistant": str}}
 
 
 def to_messages(row: dict[str, Any], system: str | None = None) -> list[dict[str, Any]]:

@@ -13,7 +13,11 @@ from typing import Any
 
 from sft.errors import FormatError
 
-FIELDS = {"required": {"messages": list}, "optional": {"tools": (list, str), "system": str}}
+FIELDS = {
+    "required": {"messages": list},
+    "optional": {"tools": (list, str), "system": str},
+    "turns": {"role": str, "content": str},
+}
 ROLES = ("system", "developer", "user", "assistant", "tool", "observation")
 
 

@@ -15,7 +15,11 @@ from typing import Any
 
 from sft.errors import FormatError
 
-FIELDS = {"required": {"conversations": list}, "optional": {"system": str, "tools": (list, str)}}
+FIELDS = {
+    "required": {"conversations": list},
+    "optional": {"system": str, "tools": (list, str)},
+    "turns": {"from": str, "value": str},
+}
 ROLES = {
     "user": ("human", "user"),
     "assistant": ("gpt", "assistant", "chatgpt", "bing", "bard", "bot", "model"),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft import processes
 from sft.data.conversation import Conversation
 from sft.data.ledger import ledger_table
-from sft.data.splits import Data, first_conversations, prepare
+from sft.data.splits import Data, first_conversations, kept_from_recipe, prepare, strange_prompts
 from sft.errors import UserError
 from sft.faults import memory_advice
 from sft.files import write_json, writing
@@ -141,6 +141,8 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, packing_why
     say(ledger_table(data.ledger))
     if recipe.dataset.test is None:
         say("no dataset.test: no answers will be scored")
+    if kept := kept_from_recipe(recipe):
+        say(kept)
     return data
 
 
@@ -152,6 +154,8 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
         say(f"\n{sample['place']} (trained on: {legend})")
         say(check.render_pieces(sample["pieces"], colour), is_plain=True)
     say("\n" + check.stop_token_line(data, tokenizer))
+    if strange := strange_prompts(data, recipe):
+        say(strange)
     needed = needs(recipe, meta_model, use_cpu(recipe), data.longest)
     line, fits = memory_line(recipe, meta_model, use_cpu(recipe), needed)
     say(line)
@@ -315,7 +319,7 @@ def merge(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, descri
 
 def _shown(recipe: Recipe, data: Data) -> Sequence[tuple[str, Conversation]]:
     """The conversations on which an export is checked: of the test split, or the first rows that were trained on."""
-    return data.test_conversations or first_conversations(data, recipe)
+    return data.test_conversations or first_conversations(data.files, recipe)
 
 
 def check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> None:
@@ -335,7 +339,7 @@ def _check_parity(recipe: Recipe, description: dict[str, Any], data: Data) -> No
         write_json(folder / "training_config.json", description)
     say(parity_line(description["parity"]))
     # Of the training files too, whose system prompt may be another than that of the test split.
-    write_modelfile(final_model, data.encoder, [*_shown(recipe, data), *first_conversations(data, recipe)])
+    write_modelfile(final_model, data.encoder, [*_shown(recipe, data), *first_conversations(data.files, recipe)])
 
 
 @memory_advice(SCORE_ADVICE)

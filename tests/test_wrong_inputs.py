@@ -26,6 +26,12 @@ def lines(*rows):
 # name: (bytes of train.jsonl or None, overrides, what the answer must say)
 CASES = {
     "missing file": (None, [], "there is no file"),
+    "misspelt file": (GOOD.encode(), ["dataset.train=./trian.jsonl"], "); did you mean 'train.jsonl'?"),
+    "a share in percent": (
+        GOOD.encode(),
+        ["dataset.test=20%"],
+        "dataset.test=20%: found '20%'; a share is written as 0.2",
+    ),
     "empty file": (b"", [], "is empty"),
     "only blank lines": (b"\n\n", [], "is empty"),
     "directory": ("directory", [], "is a directory"),
@@ -49,6 +55,26 @@ CASES = {
         lines({"conversation": [{"user": "a", "assistant": "b"}]}).encode(),
         [],
         "the question of turn 1 (human) is missing; the turn has user, assistant",
+    ),
+    "Chinese names of fields": (
+        lines({"问题": "a", "答案": "b"}).encode(),
+        [],
+        "if it is meant to be human_assistant, set dataset.columns: {问题: human, 答案: assistant}",
+    ),
+    "one other name of two": (
+        lines({"prompt": "a", "answer": "b"}).encode(),
+        [],
+        "if it is meant to be prompt_completion, set dataset.columns: {answer: completion}",
+    ),
+    "a misspelt key in a turn": (
+        lines({"conversation": [{"humen": "a", "assistant": "b"}]}).encode(),
+        [],
+        "has humen, assistant; if these are other names, set dataset.columns: {humen: human}",
+    ),
+    "the keys of messages in sharegpt": (
+        lines({"conversations": [{"role": "user", "content": "a"}]}).encode(),
+        [],
+        "if these are other names, set dataset.columns: {role: from, content: value}",
     ),
     "a row's last brace": (GOOD[:-1].encode() + b"\n", [], "at column 59, the row's end; is its last } or ] missing?"),
     "missing answer": (lines({"conversation": [{"human": "a"}]}).encode(), [], "turn 1 (assistant) is missing"),
@@ -80,6 +106,11 @@ CASES = {
     "wrong value type": (GOOD.encode(), ["training_args.learning_rate=fast"], "learning_rate"),
     "wrong choice": (GOOD.encode(), ["training_args.lr_scheduler_type=cosin"], "cosine"),
     "no such model": (GOOD.encode(), ["model_name_or_path=./nosuch"], "there is no folder ./nosuch"),
+    "a misspelt model": (
+        GOOD.encode(),
+        [f"model_name_or_path={ROOT.parent}/{ROOT.name}/dta"],
+        f"; did you mean '{ROOT}/data'?",
+    ),
     "a folder that is no model": (GOOD.encode(), [f"model_name_or_path={ROOT}/data"], "holds no config.json"),
     "no such adapter": (GOOD.encode(), ["adapter_name_or_path=./nosuch"], "there is no folder ./nosuch"),
     "no such target module": (GOOD.encode(), ["lora_config.target_modules=[query]"], "has no module query"),
@@ -141,6 +172,12 @@ CASES = {
         "o_proj is quantised, and quantised weights cannot be trained; name it in target_modules",
     ),
     "no such metric": (GOOD.encode(), ["evaluation.metrics=[blue]"], "blue"),
+    "advice to who typed the key": (
+        GOOD.encode(),
+        ["evaluation.model=final", "export.merge=false"],
+        "override evaluation.model=final: final needs export.merge=true, which writes final_model/",
+    ),
+    "one metric": (GOOD.encode(), ["evaluation.metrics=bleu"], "metrics=bleu: found 'bleu'; write [bleu]"),
     "a share that holds nothing back": (GOOD.encode(), ["dataset.validation=0.5"], "holds out every row"),
 }
 

@@ -54,7 +54,10 @@ def _lines(path: object, problems: Iterable[Problem]) -> list[str]:
         numbers[problem.message].append(problem.line)
     return [
         f"{path}:{found[0]}: {message}"
-        + (f" (in {len(found):,} rows: {', '.join(map(str, found[:3]))}{', ...' * (len(found) > 3)})" * (len(found) > 1))
+        + (
+            f" (in {len(found):,} rows: {', '.join(map(str, found[:3]))}{', ...' * (len(found) > 3)})"
+            * (len(found) > 1)
+        )
         for message, found in numbers.items()
     ]
 

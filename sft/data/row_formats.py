@@ -52,11 +52,16 @@ def detect_format(row: Any) -> Format:
     return best[0]
 
 
-OTHER_WORDS = {  # for the keys of formats
-    "human": ("user", "question"),
-    "assistant": ("bot", "gpt", "model", "answer"),
+OTHER_WORDS = {  # for the keys of formats and of their turns
+    "human": ("user", "question", "问题", "问"),
+    "assistant": ("bot", "gpt", "model", "answer", "答案", "回答", "答"),
     "output": ("response", "answer", "target"),
+    "completion": ("response", "answer", "target"),
     "conversation": ("dialog", "dialogue", "turns"),
+    "from": ("role", "speaker"),
+    "value": ("content", "text"),
+    "role": ("from", "speaker"),
+    "content": ("value", "text"),
 }
 
 
@@ -87,6 +92,16 @@ def _alike(wanted: str, row: dict[str, Any]) -> str | None:
     keys = [key for key in row if isinstance(key, str)]
     others = [key for key in keys if key.lower() in OTHER_WORDS.get(wanted, ())]
     return next(iter(others or get_close_matches(wanted, keys, 1, 0.8)), None)
+
+
+def _turn_hint(row: dict[str, Any], fmt: Format) -> str:
+    """Which keys of a turn may be meant where it lacks those of its format; nothing where none is like them."""
+    lists = [row[key] for key, types in fmt.fields["required"].items() if types is list]
+    for turn in (turn for turns in lists for turn in turns if isinstance(turn, dict)):
+        found = {key: _alike(key, turn) for key in fmt.fields.get("turns", ()) if key not in turn}
+        if columns := ", ".join(f"{like}: {key}" for key, like in found.items() if like):
+            return f"; if these are other names, set dataset.columns: {{{columns}}}"
+    return ""
 
 
 def some(names: Iterable[Any]) -> str:
@@ -120,7 +135,11 @@ def to_conversation(row: Any, fmt: Format, system: str | None) -> Conversation:
             raise FormatError(f"the field 'tools' is not JSON: {error}") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise FormatError("the field 'tools' must be a list of JSON schemas")
-    messages, untrained = _take_out_loss_keys(fmt.to_messages(row, system))
+    try:
+        made = fmt.to_messages(row, system)
+    except FormatError as error:
+        raise FormatError(f"{error}{_turn_hint(row, fmt)}") from None
+    messages, untrained = _take_out_loss_keys(made)
     return Conversation(messages, tools or None, untrained)
 
 

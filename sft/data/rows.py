@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,10 +88,10 @@ def expand(source: Source, recipe: Recipe, key: str) -> list[DataFile]:
             raise recipe.error(key, f"{file} has no ending of a file that can be read: {known}")
     if files:
         return list(files)
-    hint = recipe.is_elsewhere(source.path)
     is_hub_id = source.path.count("/") <= 1 if has_split else source.path.count("/") == 1 and not path.suffix
-    if hint or not is_hub_id or source.path.startswith((".", "/", "~")):
-        raise recipe.error(key, f"there is no file {source.path} (working directory: {Path.cwd()}){hint}")
+    if not is_hub_id or source.path.startswith((".", "/", "~")) or recipe.is_elsewhere(source.path):
+        where = f"(working directory: {Path.cwd()}){recipe.where_it_is(source.path)}"
+        raise recipe.error(key, f"there is no file {source.path} {where}")
     return [
         dataset if recipe.hub == "huggingface" else dataset._replace(path=_from_modelscope(source.path, recipe, key))
     ]
@@ -135,6 +136,18 @@ def read_rows(file: DataFile) -> Rows:
         return
     beyond = f" beyond row {last}" if last else ""
     raise DataError(f"{file}: cannot be read{beyond}: {reason.splitlines()[0]}")
+
+
+def count_rows(file: DataFile) -> int | None:
+    """How many rows a file has, where that is told in a moment: about, of JSON lines. None: it is not."""
+    if isinstance(file, Path):
+        with suppress(OSError, pa.ArrowException):  # `read_rows` tells what is wrong
+            if file.suffix.lower() == ".jsonl":
+                with open(file, "rb") as stream:
+                    return sum(piece.count(b"\n") for piece in iter(partial(stream.read, ARRAY_CHUNK), b"")) or None
+            if file.suffix.lower() == ".parquet":
+                return pq.read_metadata(file).num_rows
+    return None
 
 
 def file_type(file: DataFile) -> str | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,47 @@ def _conversations(split: Split, recipe: Recipe) -> list[tuple[str, Conversation
     return found
 
 
-def first_conversations(data: Data, recipe: Recipe, count: int = 20) -> list[tuple[str, Conversation]]:
+def first_conversations(files: Sequence[TokenFile], recipe: Recipe, count: int = 20) -> list[tuple[str, Conversation]]:
     """The first usable rows of each file again as messages."""
-    firsts = [(file, set(file.rows.data.column("line")[:count].to_pylist())) for file in data.files]
+    firsts = [(file, set(file.rows.data.column("line")[:count].to_pylist())) for file in files]
     return [found for file, lines in firsts if lines for found in _read_again(file, lines, recipe)]
+
+
+def kept_from_recipe(recipe: Recipe) -> str:
+    """What to say where the command line names other training rows, and the other splits still are the recipe's own."""
+    places = {name: recipe.places[key] for name in SPLITS if (key := f"dataset.{name}") in recipe.places}
+    kept = {}
+    for name in ("validation", "test"):
+        if isinstance(sources := getattr(recipe.dataset, name), tuple) and not places[name].is_overridden:
+            kept[places[name].key] = ", ".join(source.path for source in sources)
+    if not kept or not places["train"].is_overridden:
+        return ""
+    named = " and ".join(f"{key} ({paths})" for key, paths in kept.items())
+    how = " ".join(f"{key}=0.1" for key in kept)
+    return (
+        f"{places['train'].key} is yours, and {named} still what {recipe.path} names; to hold out a tenth of your own "
+        f"rows for each instead: {how}"
+    )
+
+
+def strange_prompts(data: Data, recipe: Recipe, count: int = 1000) -> str:
+    """What to say where no test row has a system prompt of the training rows, by the first `count` of each file."""
+    train, test = data.splits.get("train"), data.splits.get("test")
+    if train is None or test is None or not test.has_own_files:
+        return ""
+    trained = {_system_prompt(conversation) for _, conversation in first_conversations(train.rows.files, recipe, count)}
+    tested = {_system_prompt(conversation) for _, conversation in data.test_conversations}
+    if trained & tested:
+        return ""
+    return (
+        "no row of the test split has a system prompt that training rows have, so the scores are for another prompt "
+        "than was trained; give them the same one (dataset.system is for rows that bring none)"
+    )
+
+
+def _system_prompt(conversation: Conversation) -> str | None:
+    first = conversation.messages[0]
+    return str(first["content"]) if first["role"] in ("system", "developer") else None
 
 
 def _read_again(file: TokenFile, lines: set[int], recipe: Recipe) -> Iterator[tuple[str, Conversation]]:

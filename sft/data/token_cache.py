@@ -23,13 +23,13 @@ import pyarrow as pa
 from sft.data import cache
 from sft.data.chat import ChatEncoder
 from sft.data.row_formats import FORMATS
-from sft.data.rows import DataFile, HubDataset, dataset_digest, file_type, read_rows
+from sft.data.rows import DataFile, HubDataset, count_rows, dataset_digest, file_type, read_rows
 from sft.data.signatures import SIGNATURE_BYTES
 from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
 from sft.errors import DataError
 from sft.plain_text import plain_text
 from sft.recipe import Recipe
-from sft.terminal import bar
+from sft.terminal import bar, is_watched
 
 
 @dataclass
@@ -94,7 +94,7 @@ def _frozen_heap() -> Iterator[None]:
 def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
     with (
         _frozen_heap(),
-        bar(f"tokenising {plain_text(file)}", None) as advance,
+        bar(f"tokenising {plain_text(file)}", count_rows(file) if is_watched() else None) as advance,
         open(folder / "rows.arrow", "wb") as sink,
         open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,

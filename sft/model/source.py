@@ -32,10 +32,9 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
     if folder.exists():
         raise recipe.error(key, f"{name} is a file; give the folder that holds {file}")
     looks_local = name.startswith((".", "/", "~", "models/", "output/")) or name.count("/") > 1 or "\\" in name
-    fetch = "; fetch it with: python -m sft.fetch" if "smollm2" in name.lower() else ""
-    fetch = recipe.is_elsewhere(name) or fetch
+    hint = recipe.where_it_is(name, "fetch it with: python -m sft.fetch" if "smollm2" in name.lower() else "")
     if looks_local:
-        raise recipe.error(key, f"there is no folder {name} (working directory: {Path.cwd()}){fetch}")
+        raise recipe.error(key, f"there is no folder {name} (working directory: {Path.cwd()}){hint}")
     if recipe.hub == "modelscope":
         if not (Path(_from_modelscope(name, recipe, key, weights=False)) / file).is_file():
             raise recipe.error(key, f"{name} of ModelScope holds no {file}; it is not {_what(key)}")
@@ -46,7 +45,7 @@ def find_model(name: str, recipe: Recipe, key: str = "model_name_or_path", file:
         return {}
     if _is_hub_id(name) and isinstance(try_to_load_from_cache(name, file, cache_dir, revision), str):
         return {"local_files_only": True}
-    raise recipe.error(key, f"there is no folder {name}, and {_refusal(name, error)}{fetch}")
+    raise recipe.error(key, f"there is no folder {name}, and {_refusal(name, error)}{hint}")
 
 
 @cache

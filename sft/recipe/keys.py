@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft.errors import RecipeError
-from sft.recipe.reader import ROOT, Item, elsewhere
+from sft.recipe.reader import ROOT, Item, elsewhere, nearest_path
 
 
 def option(default: Any = dataclasses.MISSING, description: str = "", *, library: str = "", **schema: Any) -> Any:
@@ -197,14 +197,22 @@ class Recipe:
     def error(self, key: str, message: str) -> RecipeError:
         """The error for a problem found later, e.g. `recipes/x.yaml:7: dataset.train: no such file; ...`.
 
-        Args: key: in the flat layout; the error spells it as the file does.
+        Args: key: in the flat layout; the error spells it as the file does. message: settings that it advises to are
+        spelled as YAML, and become `key=value` where the key comes from the command line.
         """
-        return RecipeError(f"{self._label(key)}: {message}")
+        label = self._label(key)
+        if label.startswith("override "):
+            message = re.sub(rf"\b((?:{'|'.join(_SECTIONS)})\.\w+): (?=\w)", r"\1=", message)
+        return RecipeError(f"{label}: {message}")
 
     def is_elsewhere(self, name: str) -> str:
         """What to say of a path that is not there but is beside the recipe, or in the repository; else nothing."""
-        found = elsewhere(name, ROOT, self.path.parent.resolve())
-        return f"; {found}" if found else ""
+        return elsewhere(name, ROOT, self.path.parent.resolve())
+
+    def where_it_is(self, name: str, otherwise: str = "") -> str:
+        """The same as the end of a sentence, or which path may be meant; where nothing is found, what to say then."""
+        hint = self.is_elsewhere(name) or nearest_path(name) or otherwise
+        return f"; {hint}" if hint else ""
 
     def _label(self, key: str) -> str:
         """Place and spelling of a key, or, where the file does not hold it, of the section around it.
@@ -225,6 +233,9 @@ class Recipe:
         values = dataclasses.asdict(dataclasses.replace(self, places={}))
         del values["path"], values["places"]
         return _with_lists(values | {"output_dir": str(self.output_dir)})
+
+
+_SECTIONS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
 def _with_lists(value: Any) -> Any:

@@ -3,9 +3,10 @@
 Scalars follow the YAML 1.2 core schema: `2e-4` is a number and `no` is text.
 """
 
+import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,8 @@ def read_text(path: Path) -> str:
     """
     try:
         if not path.exists():
-            raise RecipeError(f"{path}: no such file; {elsewhere(path, ROOT) or 'recipes/ holds ready ones'}")
+            hint = elsewhere(path, ROOT) or nearest_path(path) or "recipes/ holds ready ones"
+            raise RecipeError(f"{path}: no such file; {hint}")
         if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
             raise RecipeError(f"{path}: is data; give a recipe, and the data as dataset.train={path}")
         if not path.is_file():
@@ -227,6 +229,30 @@ def elsewhere(path: str | Path, *folders: Path) -> str:
     here = Path.cwd()
     found = next((folder for folder in folders if (folder / path).exists()), here)
     return "" if found == here else f"it is in {found}: run the command from there"
+
+
+def nearest_path(path: str | Path) -> str:
+    """A path that is there and is spelled nearly like this one, as a question; nothing where there is none."""
+    found = Path()
+    for part in Path(path).expanduser().parts:
+        if not (found / part).exists():
+            names = [file.name for file in found.iterdir()] if found.is_dir() else []
+            part = _nearest(part, names, 0.75)  # above what the same ending makes of two short names
+            if not part:
+                return ""
+        found /= part
+    return f"did you mean '{found}'?"
+
+
+def did_you_mean(value: Any, names: Iterable[Any]) -> str:
+    """The name that is spelled nearly like the value, as a question; nothing where there is none."""
+    name = _nearest(value, names)
+    return f"did you mean '{name}'?" if name else ""
+
+
+def _nearest(value: Any, names: Iterable[Any], likeness: float = 0.6) -> str:
+    spelled = {name.lower(): name for name in names if isinstance(name, str)}
+    return next((spelled[match] for match in difflib.get_close_matches(str(value).lower(), spelled, 1, likeness)), "")
 
 
 def child_key(key: str, name: str | int) -> str:

@@ -120,6 +120,11 @@ def _splits(recipe: Recipe) -> Iterator[Problem]:
     shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(dataset, name), float)}
     if sum(shares.values()) >= 1:
         yield "dataset.test", "and dataset.validation are shares that leave nothing to train on; give smaller ones"
+    for name in ("validation", "test"):
+        sources = getattr(dataset, name)
+        path = sources[0].path if isinstance(sources, tuple) else ""
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", path):
+            yield f"dataset.{name}", f"found {spell(path)}; a share is written as {float(found[1]) / 100:g}"
     if dataset.streaming:
         if recipe.training_args.get("max_steps", -1) < 1:
             yield "dataset.streaming", "a stream has no known length; set training_args.max_steps"

@@ -5,7 +5,6 @@ and what to write instead. `python -m sft.recipe.generate` writes it from the da
 these take 4 s to import, so that reading a recipe reads the file.
 """
 
-import difflib
 import json
 import operator
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.plain_text import SECRET_KEY, SECRET_VALUE
-from sft.recipe.reader import ROOT, Item, child_key, space_hint, spell
+from sft.recipe.reader import ROOT, Item, child_key, did_you_mean, space_hint, spell
 
 Schema = dict[str, Any]
 
@@ -92,10 +91,12 @@ def problems_of(item: Item, schema: Schema) -> Iterator[str]:
         problems_by_choice = [[*problems_of(item, choice)] for choice in schema["anyOf"]]
         yield from () if [] in problems_by_choice else problems_by_choice[0]
     elif (types := _types(schema)) and json_type not in types and not (json_type == "integer" and "number" in types):
-        hint = (space_hint(value) if "object" in types else "") or f"give {' or '.join(_TYPE_WORDS[n] for n in types)}"
+        hint = space_hint(value) if "object" in types else ""
+        hint = f"write [{value}]" if isinstance(value, str) and types == ["array"] else hint
+        hint = hint or f"give {' or '.join(_TYPE_WORDS[n] for n in types)}"
         yield f"{item.label}: found {spell(value)}; {hint}"
     elif choices and not any(type(value) is type(choice) and value == choice for choice in choices):
-        yield f"{item.label}: found {spell(value)}; {_nearest(value, choices) or _some('choose from', choices)}"
+        yield f"{item.label}: found {spell(value)}; {did_you_mean(value, choices) or _some('choose from', choices)}"
     elif json_type == "object":
         yield from _mapping_problems(item, schema)
     elif json_type == "array":
@@ -152,13 +153,7 @@ def _key_hint(name: str | int, properties: dict[str, Schema]) -> str:
     section, dot, key = str(name).partition(".")
     if dot and section in properties:
         return f"nest it: `{key}` below `{section}:`"
-    return _nearest(name, properties) or _some("the keys here are", properties)
-
-
-def _nearest(value: Any, names: Iterable[Any]) -> str:
-    spelled = {name.lower(): name for name in names if isinstance(name, str)}
-    matches = difflib.get_close_matches(str(value).lower(), spelled, 1)
-    return f"did you mean '{spelled[matches[0]]}'?" if matches else ""
+    return did_you_mean(name, properties) or _some("the keys here are", properties)
 
 
 def _some(words: str, names: Iterable[Any]) -> str:

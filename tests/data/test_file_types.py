@@ -17,7 +17,7 @@ from backports import zstd
 from hypothesis import given
 
 from sft.data import rows
-from sft.data.rows import HubDataset, read_rows
+from sft.data.rows import HubDataset, count_rows, read_rows
 from sft.errors import DataError, FormatError, RecipeError
 from tests.data.conftest import talk, texts, write
 
@@ -88,6 +88,13 @@ def test_the_same_bytes_under_another_ending_are_read_anew(run, tokenizer):
         Path(name).write_bytes(b"query,response,a\tquery\tresponse\n1,2,3\t4\t5\n")
         said += texts(tokenizer, run(f"dataset.train={name}").train)
     assert [text.replace("<|im_end|>", "") for text in said] == ["S 1 2", "S 4 5"]
+
+
+def test_rows_are_counted_beforehand_where_that_is_told_in_a_moment(empty_folder):
+    for name, content in {"a.jsonl": b"{}\n" * 3, "a.parquet": parquet([TURN] * 4), "b.parquet": b"PAR1"}.items():
+        Path(name).write_bytes(content)
+    names = ("a.jsonl", "a.parquet", "b.parquet", "nosuch.jsonl", "a.csv")
+    assert [count_rows(Path(name)) for name in names] == [3, 4, None, None, None]
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd.compress], ids=["plain", "gz", "zst"])

@@ -27,6 +27,7 @@ from sft.data.packing import best_fit, pack
 from sft.data.token_rows import Split, TokenRows
 from sft.errors import DataError, FormatError, RecipeError
 from sft.model.tokenizer import with_defaults
+from sft.recipe import load_recipe
 from tests.data.conftest import RECIPE, talk, texts, write
 from tests.families import FAMILIES, build
 
@@ -329,6 +330,35 @@ def test_weights_that_leave_no_row_are_an_error(run):
         run("dataset.train={path: train.jsonl, weight: 0.0001}")
 
 
+def test_who_brings_other_training_rows_hears_which_splits_are_still_the_recipes(empty_folder):
+    files = "{train: a.jsonl, validation: [b.jsonl, c.jsonl], test: d.jsonl}"
+    Path("recipe.yaml").write_text(f"model_name_or_path: m\noutput_dir: o\ndataset: {files}\n", encoding="utf-8")
+
+    def said(*overrides):
+        return splits.kept_from_recipe(load_recipe("recipe.yaml", overrides))
+
+    both = "dataset.validation (b.jsonl, c.jsonl) and dataset.test (d.jsonl)"
+    assert said("dataset.train=mine.jsonl") == (
+        f"dataset.train is yours, and {both} still what recipe.yaml names; to hold out a tenth of your own rows for "
+        "each instead: dataset.validation=0.1 dataset.test=0.1"
+    )
+    assert "and dataset.test (d.jsonl) still" in said("dataset.train=mine.jsonl", "dataset.validation=0.2")
+    mine = ["dataset.train=mine.jsonl", "dataset.validation=null", "dataset.test=t.jsonl"]
+    assert said() == said(*mine) == said("dataset={train: e.jsonl}") == said("dataset.test=t.jsonl") == ""
+
+
+def test_who_tests_under_another_system_prompt_than_was_trained_hears_it(run):
+    def said(*overrides):
+        recipe = load_recipe("recipe.yaml", overrides)
+        return splits.strange_prompts(run(*overrides), recipe)
+
+    write("train.jsonl", *[{"system": "T", **talk(str(i), "2")} for i in range(9)])
+    write("test.jsonl", talk("3", "4"))  # the recipe gives it the system prompt "S"
+    Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    assert said("dataset.test=test.jsonl").startswith("no row of the test split has a system prompt that training rows")
+    assert said("dataset.test=test.jsonl", "dataset.system=T") == said("dataset.test=0.3") == said() == ""
+
+
 def test_scoring_reads_the_test_split_only(run, files_read):
     write("train.jsonl", talk("1", "2"))
     write("test.jsonl", talk("3", "4"))
@@ -582,6 +612,7 @@ import sys, time, datasets
 from sft.data import cache, splits, token_cache, tokens
 from pathlib import Path
 from sft.model.tokenizer import with_defaults
+from sft.recipe import load_recipe
 from sft.recipe import load_recipe
 from tests.families import FAMILIES, build
 datasets.config.HF_DATASETS_CACHE = Path("cache")

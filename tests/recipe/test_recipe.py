@@ -585,6 +585,9 @@ def test_an_alias_bomb_is_refused() -> None:
 
 
 def test_a_missing_file_and_a_directory_are_told_apart() -> None:
+    load(LEAST)
+    with pytest.raises(RecipeError, match=r"^y.yaml: no such file; did you mean 'x.yaml'\?$"):
+        load_recipe("y.yaml")
     with pytest.raises(RecipeError, match="^none.yaml: no such file; recipes/ holds ready ones$"):
         load_recipe("none.yaml")
     with pytest.raises(RecipeError, match="^[.]: is not a file; give the recipe's YAML file$"):

@@ -70,7 +70,7 @@ def ours(folder: str, data: str) -> None:
 
     from sft.data.chat import ChatEncoder
     from sft.data.token_cache import tokenise_file
-    from sft.recipe import load_recipe
+    from sft.recipe import Source, load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:
         datasets.config.HF_DATASETS_CACHE = scratch
@@ -81,7 +81,7 @@ def ours(folder: str, data: str) -> None:
         recipe = load_recipe(recipe_file)
         encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder))
         before, begun = peak(), time.perf_counter()
-        file = tokenise_file(Path(data), "auto", encoder, recipe)
+        file = tokenise_file(Path(data), Source("x"), encoder, recipe)
         seconds = time.perf_counter() - begun
         report("this repository", len(file.rows), seconds, peak() - before, file.facts["tokens"])
 

@@ -362,7 +362,7 @@ row(
 row(
     "another format named", ROW, "the field 'instruction' is missing (format instruction)", "dataset.format=instruction"
 )
-row("a column that no row has", ROW, "no row has q, which dataset.columns renames", "dataset.columns={q: human}")
+row("a column that no row has", ROW, "no row has q, which `columns` renames", "dataset.columns={q: human}")
 row("sharegpt with an unknown speaker", {"conversations": [{"from": "x", "value": "a"}]}, "train.jsonl:1: ")
 row("history that is no pair", {"query": "a", "response": "b", "history": [["c"]]}, "train.jsonl:1: ")
 row("a prompt of numbers", {"prompt": [1], "completion": [2]}, "train.jsonl:1: ")

@@ -21,7 +21,7 @@ from sft.files import CHECKSUMS, damage, open_seal, write_json_lines
 from sft.model.load import load_model
 from sft.model.lora import add_lora
 from sft.model.tokenizer import load_tokenizer
-from sft.recipe import load_recipe
+from sft.recipe import Source, load_recipe
 from sft.results.answers import _answer_lines
 from sft.training.resume import checkpoints, end_checkpoint
 from sft.training.trainer import make_trainer
@@ -309,12 +309,12 @@ def test_damaged_token_rows_are_made_again_and_that_is_said(run_folder, monkeypa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", run_folder / "cache")
     recipe = load_recipe(run_folder / "recipe.yaml")
     encoder, file = ChatEncoder(load_tokenizer(recipe)), run_folder / "train.jsonl"
-    rows = tokenise_file(file, "auto", encoder, recipe).rows[:]
+    rows = tokenise_file(file, Source("x"), encoder, recipe).rows[:]
     kept = next((run_folder / "cache").rglob("rows.arrow")).parent
     for harm, name in product([truncate, flip, remove], ["rows.arrow", "facts.json", CHECKSUMS]):
         capfd.readouterr()
         harm(kept / name)
-        assert tokenise_file(file, "auto", encoder, recipe).rows[:] == rows, (harm, name)
+        assert tokenise_file(file, Source("x"), encoder, recipe).rows[:] == rows, (harm, name)
         if (harm, name) != (remove, CHECKSUMS):
             assert f"{file} is tokenised again: of the kept rows in {kept} " in capfd.readouterr().out, (harm, name)
         assert damage(kept) is None

@@ -191,7 +191,7 @@ def _type_names(types: type | tuple[type, ...]) -> str:
 class RowReader:
     """Reads the rows of one file: renames their keys, finds the format by the first, and makes conversations of all.
 
-    format_name: a file of formats/, or "auto". columns: dataset.columns, {key in the file: key of the format}.
+    format_name: a file of formats/, or "auto". columns: {key in the file: key of the format}.
     """
 
     def __init__(self, format_name: str, columns: dict[str, str] | None, system: str | None):
@@ -209,10 +209,10 @@ class RowReader:
         return to_conversation(row, self.format, self._system)
 
     def refuse_unused_columns(self, file: Any) -> None:
-        """After the last row. Raises: DataError: dataset.columns names a column that no row had."""
+        """After the last row. Raises: DataError: `columns` names a column that no row had."""
         if self._unused and self._found:
             columns = some(sorted(self._unused))
-            raise DataError(f"{file}: no row has {columns}, which dataset.columns renames; it has {some(self._found)}")
+            raise DataError(f"{file}: no row has {columns}, which `columns` renames; it has {some(self._found)}")
 
     def _with_new_names(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its keys renamed, and those of the objects in its lists: its turns. Tools stay as they are."""
@@ -228,5 +228,5 @@ class RowReader:
         renamed = {self._columns.get(key, key): value for key, value in item.items()}
         if len(renamed) < len(item):
             twice = next(key for key in item if key in self._columns and self._columns[key] in item)
-            raise FormatError(f"has {twice!r} and {self._columns[twice]!r}, which dataset.columns makes one")
+            raise FormatError(f"has {twice!r} and {self._columns[twice]!r}, which `columns` makes one")
         return renamed

@@ -107,15 +107,15 @@ def _tokenise_splits(
 
     Raises: DataError: rows that the recipe's policies do not let pass.
     """
-    files: dict[tuple[str, str], TokenFile] = {}
+    files: dict[tuple[str, str, str], TokenFile] = {}
     sources: dict[str, list[tuple[TokenFile, float]]] = {}
     for name in names:
         if not isinstance(getattr(recipe.dataset, name), tuple) or (recipe.dataset.streaming and name == "train"):
             continue
         sources[name] = []
         for source, file in _files(recipe, name):
-            key = (str(file), source.format)
-            files[key] = files.get(key) or tokenise_file(file, source.format, encoder, recipe)
+            key = (str(file), source.format, str(recipe.dataset.columns_of(source)))
+            files[key] = files.get(key) or tokenise_file(file, source, encoder, recipe)
             sources[name].append((files[key], source.weight))
     refuse_problems([(str(file.path), file.problems, file.facts["rows"]) for file in files.values()], recipe)
     splits = {}
@@ -241,7 +241,7 @@ def _system_prompt(conversation: Conversation) -> str | None:
 
 def _read_again(file: TokenFile, lines: set[int], recipe: Recipe) -> Iterator[tuple[str, Conversation]]:
     """Some rows of a file, each with its "file:line"."""
-    reader, last = RowReader(str(file.facts["format"]), recipe.dataset.columns, recipe.dataset.system), max(lines)
+    reader, last = RowReader(str(file.facts["format"]), file.columns, recipe.dataset.system), max(lines)
     for line, row in read_rows(file.path):
         if line in lines:
             yield f"{file.path}:{line}", reader.read(row)
@@ -272,7 +272,7 @@ def _streamed_rows(
 ) -> Iterator[dict[str, Any]]:
     given = 0
     for source, file in files:
-        tokeniser = FileTokeniser(encoder, recipe, source.format)
+        tokeniser = FileTokeniser(encoder, recipe, source)
         for batch in tokeniser.batches(read_rows(file), file):
             refuse_problems([(str(file), tokeniser.problems, tokeniser.rows_read)], recipe)
             tokeniser.problems.clear()

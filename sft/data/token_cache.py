@@ -28,7 +28,7 @@ from sft.data.signatures import SIGNATURE_BYTES
 from sft.data.tokens import SCHEMA, Facts, FileTokeniser, Problem
 from sft.errors import DataError
 from sft.plain_text import plain_text
-from sft.recipe import Recipe
+from sft.recipe import Recipe, Source
 from sft.terminal import bar, is_watched
 
 
@@ -37,6 +37,7 @@ class TokenFile:
     """One tokenised file: its rows memory-mapped, its part of the ledger.
 
     signatures: of each row, uint8, (rows, SIGNATURE_BYTES), memory-mapped; none where near copies are not looked for.
+    columns: how the keys of its rows were renamed.
     """
 
     path: DataFile
@@ -44,17 +45,18 @@ class TokenFile:
     facts: Facts
     problems: list[Problem]
     signatures: np.ndarray = field(default_factory=partial(np.zeros, (0, SIGNATURE_BYTES), np.uint8))
+    columns: dict[str, str] | None = None
 
 
-def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
+def tokenise_file(file: DataFile, source: Source, encoder: ChatEncoder, recipe: Recipe) -> TokenFile:
     """The tokenised rows of a file, from the cache or made now. Raises: DataError: it cannot be read."""
     digest = _digest_of(file)
-    key = hashlib.sha256(
-        json.dumps([digest, _ending(file), fmt, _fingerprint(encoder), _options(recipe), _code_digest(fmt)]).encode()
-    ).hexdigest()[:32]
+    code = _code_digest(source.format)
+    parts = [digest, _ending(file), source.format, _fingerprint(encoder), _options(recipe, source), code]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def make(partial: Path) -> None:
-        _write(partial, file, fmt, encoder, recipe)
+        _write(partial, file, source, encoder, recipe)
         refuse_changed(file, digest)
 
     try:
@@ -69,7 +71,7 @@ def tokenise_file(file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe
     del facts["source"]
     problems = [Problem(*problem) for problem in facts.pop("problems")]
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    tokens = TokenFile(file, rows, {"sha256": digest, **facts}, problems)
+    tokens = TokenFile(file, rows, {"sha256": digest, **facts}, problems, columns=recipe.dataset.columns_of(source))
     if finds_near_copies(recipe) and len(rows):  # no system maps an empty file
         tokens.signatures = np.memmap(folder / "signatures", np.uint8, "r", shape=(len(rows), SIGNATURE_BYTES))
     return tokens
@@ -91,7 +93,7 @@ def _frozen_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe: Recipe) -> None:
+def _write(folder: Path, file: DataFile, source: Source, encoder: ChatEncoder, recipe: Recipe) -> None:
     with (
         _frozen_heap(),
         bar(f"tokenising {plain_text(file)}", count_rows(file) if is_watched() else None) as advance,
@@ -99,7 +101,7 @@ def _write(folder: Path, file: DataFile, fmt: str, encoder: ChatEncoder, recipe:
         open(folder / "signatures", "wb") as signatures_file,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
-        tokeniser = FileTokeniser(encoder, recipe, fmt, signatures_file if finds_near_copies(recipe) else None)
+        tokeniser = FileTokeniser(encoder, recipe, source, signatures_file if finds_near_copies(recipe) else None)
         read = 0
         for batch in tokeniser.batches(read_rows(file), file):
             writer.write_batch(batch)
@@ -151,10 +153,11 @@ def _fingerprint(encoder: ChatEncoder) -> str:
 _fingerprints: WeakKeyDictionary[ChatEncoder, str] = WeakKeyDictionary()  # each takes 0.2 s for 150,000 tokens
 
 
-def _options(recipe: Recipe) -> list[Any]:
+def _options(recipe: Recipe, source: Source) -> list[Any]:
     options = recipe.dataset
+    columns = options.columns_of(source)
     chat, trim, control_as_text = recipe.chat, options.overlength == "trim", options.control_tokens == "text"
-    rows = [options.system, options.columns, options.max_length, trim, control_as_text, chat.examples, chat.loss_on]
+    rows = [options.system, columns, options.max_length, trim, control_as_text, chat.examples, chat.loss_on]
     return [*rows, finds_near_copies(recipe)]
 
 

@@ -17,7 +17,7 @@ from sft.data.row_formats import RowReader
 from sft.data.signatures import signatures, text_of
 from sft.data.turn_reader import Turn
 from sft.errors import ControlTokenError, DataError, FormatError
-from sft.recipe import Recipe
+from sft.recipe import Recipe, Source
 
 BATCH = 1000  # rows tokenised at once, fewer where they are long:
 BATCH_CHARACTERS = 2**24  # far below the 2**31 tokens that an Arrow list of a batch can hold
@@ -170,15 +170,15 @@ def _token_row(
 class FileTokeniser:
     """Tokenises one file, row by row in order, and counts what became of the rows.
 
-    problems: of the rows so far, not in order. format_name: a file of formats/, or "auto". signatures: where those of
-    the rows are written, if they are to be.
+    problems: of the rows so far, not in order. source: says their format and the names of their keys. signatures: where
+    those of the rows are written, if they are to be.
     """
 
-    def __init__(self, encoder: ChatEncoder, recipe: Recipe, format_name: str, signatures: BinaryIO | None = None):
+    def __init__(self, encoder: ChatEncoder, recipe: Recipe, source: Source, signatures: BinaryIO | None = None):
         self.problems: list[Problem] = []
         self.rows_read = 0
         self._encoder, self._tokeniser = encoder, Tokeniser(encoder, recipe)
-        self.reader = RowReader(format_name, recipe.dataset.columns, recipe.dataset.system)
+        self.reader = RowReader(source.format, recipe.dataset.columns_of(source), recipe.dataset.system)
         self._examples = ExampleMaker(encoder, recipe.chat)
         self._stops_at_problems = recipe.dataset.on_error == "error"
         self._signatures = signatures

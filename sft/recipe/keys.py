@@ -41,6 +41,7 @@ class Source:
     weight: float = option(1.0, "how often each of its rows is seen in an epoch", exclusiveMinimum=0)
     subset: str | None = option(None, "of a hub data set", minLength=1)
     split: str | None = option(None, "of a hub data set, or of a folder that holds a copy; null: train", minLength=1)
+    columns: dict[str, str] | None = option(None, "renames keys of its rows; null: as dataset.columns says")
 
 
 # The kinds of adapter that go through a whole run here, the first by default; docs/methods.md says what was tried.
@@ -93,6 +94,10 @@ class DatasetOptions:
     cache_gb: float = option(20, "tokenised files kept on disk, those used last; see python -m sft.cache", minimum=0)
     num_proc: int | None = option(None, "threads that tokenise; null: one a core", minimum=1)
     streaming: bool = option(False, "tokenise while training; needs training_args.max_steps")
+
+    def columns_of(self, source: Source) -> dict[str, str] | None:
+        """How the keys of a source's rows are renamed: {key in the file: key of the format}."""
+        return self.columns if source.columns is None else source.columns
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,11 @@ class Recipe:
         """The resolved recipe in the flat layout, of JSON types; as YAML it loads as an equal recipe."""
         values = dataclasses.asdict(dataclasses.replace(self, places={}))
         del values["path"], values["places"]
+        for split in ("train", "validation", "test"):
+            sources = values["dataset"][split]
+            for source in sources if isinstance(sources, tuple) else ():
+                if source["columns"] is None:  # as older runs described themselves, which are gone on from
+                    del source["columns"]
         return _with_lists(values | {"output_dir": str(self.output_dir)})
 
 

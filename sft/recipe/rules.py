@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sft.recipe.keys import Recipe
+from sft.recipe.keys import Recipe, Source
 from sft.recipe.methods import lora_start, loraplus, quantised_kinds, validation
 from sft.recipe.reader import spell
 
@@ -30,6 +30,14 @@ NEEDS_VALIDATION = {
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     for rule in _RULES:
         yield from rule(recipe)
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[str, int, Source]]:
+    """Each source with its split and its place in it."""
+    for split in ("train", "validation", "test"):
+        sources = getattr(recipe.dataset, split)
+        for i, source in enumerate(sources if isinstance(sources, tuple) else ()):
+            yield split, i, source
 
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
@@ -120,11 +128,9 @@ def _splits(recipe: Recipe) -> Iterator[Problem]:
     shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(dataset, name), float)}
     if sum(shares.values()) >= 1:
         yield "dataset.test", "and dataset.validation are shares that leave nothing to train on; give smaller ones"
-    for name in ("validation", "test"):
-        sources = getattr(dataset, name)
-        path = sources[0].path if isinstance(sources, tuple) else ""
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", path):
-            yield f"dataset.{name}", f"found {spell(path)}; a share is written as {float(found[1]) / 100:g}"
+    for name, _, source in _sources(recipe):
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", source.path):
+            yield f"dataset.{name}", f"found {spell(source.path)}; a share is written as {float(found[1]) / 100:g}"
     if dataset.streaming:
         if recipe.training_args.get("max_steps", -1) < 1:
             yield "dataset.streaming", "a stream has no known length; set training_args.max_steps"
@@ -133,9 +139,12 @@ def _splits(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _columns(recipe: Recipe) -> Iterator[Problem]:
-    names = list((recipe.dataset.columns or {}).values())
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        yield "dataset.columns", f"gives two columns the name {spell(twice)}; keep one of them"
+    columns = {"dataset.columns": recipe.dataset.columns}
+    columns |= {f"dataset.{split}[{i}].columns": source.columns for split, i, source in _sources(recipe)}
+    for key, new_names in columns.items():
+        names = list((new_names or {}).values())
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            yield key, f"gives two columns the name {spell(twice)}; keep one of them"
 
 
 def _templates(recipe: Recipe) -> Iterator[Problem]:
@@ -182,9 +191,7 @@ def _paths(recipe: Recipe) -> Iterator[Problem]:
         "chat.template": recipe.chat.template,
         "evaluation.general": recipe.evaluation.general,
     }
-    for split in ("train", "validation", "test"):
-        sources = getattr(recipe.dataset, split)
-        paths |= {f"dataset.{split}[{i}].path": s.path for i, s in enumerate(sources if type(sources) is tuple else ())}
+    paths |= {f"dataset.{split}[{i}].path": source.path for split, i, source in _sources(recipe)}
     for key, path in paths.items():
         try:
             if isinstance(path, str):

@@ -33,11 +33,12 @@ class DataSet:
         values = {
             "path": self.path,
             "format": self.format,
+            "columns": self.columns,
             "weight": self.weight,
             "subset": self.subset,
             "split": split,
         }
-        defaults = {"format": "auto", "weight": 1.0, "subset": None, "split": None}
+        defaults = {"format": "auto", "columns": {}, "weight": 1.0, "subset": None, "split": None}
         return {key: value for key, value in values.items() if key == "path" or value != defaults[key]}
 
 
@@ -49,14 +50,12 @@ def put_data_sets(source: ToolFile, draft: Draft, unmatched: list[str]) -> None:
             key for key, rule in tables()[source.tool]["keys"].items() if rule == {"read": "dataset.train"}
         )
         raise RecipeError(f"{source.path}: names no data ({names}); add dataset.train=FILE to the command")
-    columns: dict[str, str] = {}
-    for data_set in [*train, *validation]:
-        if data_set.columns != train[0].columns:
-            raise RecipeError(
-                f"{source.path}: {train[0].path} and {data_set.path} have other names for their columns, and "
-                "dataset.columns is one for all; rename them, or leave one out"
-            )
-        columns = data_set.columns
+    columns = [data_set.columns for data_set in [*train, *validation]]
+    if all(each == columns[0] for each in columns):  # said once
+        for data_set in [*train, *validation]:
+            data_set.columns = {}
+        if columns[0]:
+            draft.set("dataset.columns", columns[0])
     formats = {data_set.format for data_set in [*train, *validation]}
     if len(formats) == 1:
         for data_set in [*train, *validation]:
@@ -66,8 +65,6 @@ def put_data_sets(source: ToolFile, draft: Draft, unmatched: list[str]) -> None:
         draft.set("dataset.validation", _entries(validation))
     if len(formats) == 1 and formats != {"auto"}:
         draft.set("dataset.format", formats.pop())
-    if columns:
-        draft.set("dataset.columns", columns)
 
 
 def _entries(data_sets: Sequence[DataSet]) -> Any:

@@ -72,7 +72,7 @@ def _rows(recipe: Recipe) -> Iterator[tuple[str, Conversation]]:
     first = recipe.dataset.train[0]
     if Path(first.path).is_file():
         (file,) = expand(first, recipe, "dataset.train")
-        reader = RowReader(first.format, recipe.dataset.columns, recipe.dataset.system)
+        reader = RowReader(first.format, recipe.dataset.columns_of(first), recipe.dataset.system)
         for line, row in read_rows(file):
             if not isinstance(row, FormatError):
                 yield f"{file}:{line}", reader.read(row)

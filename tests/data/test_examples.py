@@ -19,7 +19,7 @@ from sft.data.ledger import ledger_table
 from sft.data.splits import prepare
 from sft.data.tokens import FileTokeniser
 from sft.errors import DataError, FormatError
-from sft.recipe import ChatOptions, load_recipe
+from sft.recipe import ChatOptions, Source, load_recipe
 from tests.families import FAMILIES, Family, build, conversations, qwen3, template
 
 Q, A = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
@@ -322,7 +322,7 @@ def test_rows_whose_shape_was_located_once_stay_on_the_fast_path(run):
     encoder._history._ask = lambda conversation: careful.append("history") or asked(conversation)
     write("train.jsonl", *[talk(*(f"{i} {k}" for k in range(2 * (1 + i % 3)))) for i in range(3000)])
     run()
-    tokeniser = FileTokeniser(encoder, load_recipe("recipe.yaml"), "conversation")
+    tokeniser = FileTokeniser(encoder, load_recipe("recipe.yaml"), Source("x", "conversation"))
     lines = Path("train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [(i + 1, json.loads(line)) for i, line in enumerate(lines)]
     assert sum(len(batch) for batch in tokeniser.batches(rows)) == 6000

@@ -233,6 +233,28 @@ def test_columns_may_trade_names_and_leave_tools_alone(run):
     assert [message["content"] for message in conversation.messages] == ["S", "1", "2"] and conversation.tools == tools
 
 
+def test_each_file_may_have_other_names_of_its_keys(run, tokenizer):
+    write("train.jsonl", {"question": "1", "answer": "2"})
+    write("b.jsonl", {"q": "3", "a": "4"})
+    write("c.jsonl", {"human": "5", "assistant": "6"})
+    own = "{path: b.jsonl, columns: {q: human, a: assistant}}"
+    sources = f"dataset.train=[train.jsonl, {own}, {{path: c.jsonl, columns: {{}}}}]"
+    data = run(RENAME, sources, f"dataset.test={own}")
+    assert [text.replace("<|im_end|>", "") for text in texts(tokenizer, data.train)] == ["S 1 2", "S 3 4", "S 5 6"]
+    ((place, conversation),) = data.test_conversations
+    assert place == "b.jsonl:1" and [message["content"] for message in conversation.messages] == ["S", "3", "4"]
+    stream = run(RENAME, sources, "dataset.streaming=true", "training_args.max_steps=1").train
+    assert [row["input_ids"] for row in stream] == data.train["input_ids"]
+    with pytest.raises(RecipeError, match=r"dataset.train\[0\].columns: gives two columns the name 'human'"):
+        run("dataset.train=[{path: train.jsonl, columns: {question: human, answer: human}}]")
+
+
+def test_a_source_without_columns_is_described_as_before_there_were_any(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    described = load_recipe(tmp_path / "recipe.yaml").to_dict()["dataset"]["train"]
+    assert described == [{"path": "train.jsonl", "format": "auto", "weight": 1.0, "subset": None, "split": None}]
+
+
 def test_other_columns_make_the_rows_anew(run):
     write("train.jsonl", {"query": "1", "response": "2", "a": "3"})
     first = run().train[0]["input_ids"]
@@ -243,12 +265,12 @@ def test_a_column_that_no_row_has_is_an_error_with_the_file(run):
     write("train.jsonl", "{", talk("1", "2"))
     with pytest.raises(DataError) as caught:
         run("dataset.columns={question: human}")
-    assert str(caught.value) == ("train.jsonl: no row has question, which dataset.columns renames; it has conversation")
+    assert str(caught.value) == ("train.jsonl: no row has question, which `columns` renames; it has conversation")
 
 
 def test_a_row_with_the_old_and_the_new_name_is_a_bad_row(run):
     write("train.jsonl", {"question": "1", "human": "3", "answer": "2"})
-    with pytest.raises(DataError, match="^train.jsonl:1: has 'question' and 'human', which dataset.columns makes one"):
+    with pytest.raises(DataError, match="^train.jsonl:1: has 'question' and 'human', which `columns` makes one"):
         run(RENAME)
 
 

@@ -11,7 +11,7 @@ from sft.data.chat import ChatEncoder
 from sft.data.row_formats import detect_format, to_conversation
 from sft.data.tokens import UNTRAINED, FileTokeniser
 from sft.errors import DataError
-from sft.recipe import load_recipe
+from sft.recipe import Source, load_recipe
 from sft.results.answers import list_turns
 from tests.data.conftest import RECIPE, talk, write
 from tests.families import FAMILIES, build
@@ -72,7 +72,7 @@ def test_the_text_of_every_family_is_the_same_with_and_without_the_key(empty_fol
     encoder = ChatEncoder(tokenizer)
     Path("recipe.yaml").write_text(RECIPE.replace("  system: S\n", "") + "chat: {examples: whole}\n", encoding="utf-8")
     rows = [(1, chat(*plain)), (2, chat(*marked)), (3, chat(*marked))]
-    tokeniser = FileTokeniser(encoder, load_recipe("recipe.yaml"), "auto")
+    tokeniser = FileTokeniser(encoder, load_recipe("recipe.yaml"), Source("x"))
     every, some, again = (row for batch in tokeniser.batches(rows) for row in batch.to_pylist())
     assert every["input_ids"] == some["input_ids"] and some["assistant_mask"] == again["assistant_mask"]
     said = supervised(tokenizer, every)
@@ -86,7 +86,7 @@ def test_an_answer_that_is_taken_out_gives_no_example_of_its_own(empty_folder, n
     Path("recipe.yaml").write_text(RECIPE.replace("  system: S\n", ""), encoding="utf-8")
     marked = chat(*((str(i), {"train": False} if i == out else {}) for i in range(3)))
     rows = [(1, marked), (2, chat(*((str(i), {}) for i in range(3))))]
-    tokeniser = FileTokeniser(ChatEncoder(tokenizer), load_recipe("recipe.yaml"), "auto")
+    tokeniser = FileTokeniser(ChatEncoder(tokenizer), load_recipe("recipe.yaml"), Source("x"))
     made = [row for batch in tokeniser.batches(rows) for row in batch.to_pylist()]
     of_first, of_second = ([row for row in made if row["line"] == line] for line in (1, 2))
     for column in ("input_ids", "assistant_mask"):

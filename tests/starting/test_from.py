@@ -313,6 +313,14 @@ def test_speakers_and_columns_of_dataset_info_are_taken_over():
     assert recipe.dataset.columns == {"turns": "messages"}
 
 
+def test_data_sets_with_other_names_of_their_columns_keep_them_each():
+    recipe = migrate(LLAMAFACTORY.replace(": sums", ": sums,chats"))
+    assert recipe.dataset.train == (
+        Source("data/../sums.json", "instruction"),
+        Source("a/b", "messages", columns={"turns": "messages"}),
+    )
+
+
 def test_nothing_is_overwritten_neither_a_recipe_nor_a_template(capsys):
     Path("mine.yaml").write_text("mine", encoding="utf-8")
     migrate(TRL, code=2)

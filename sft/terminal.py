@@ -54,9 +54,14 @@ def live_line() -> Progress:
         Steps(table_column=UNWRAPPED),
         TimeLeft(compact=True, table_column=UNWRAPPED),
     )
-    mean_of_all = float("inf")  # seconds that the speed is taken over
-    options = {"transient": True, "disable": not is_watched()}
-    return Progress(*head, Values(), console=Console(), speed_estimate_period=mean_of_all, **options)
+    return Progress(
+        *head,
+        Values(),
+        console=Console(),
+        transient=True,
+        disable=not is_watched(),
+        speed_estimate_period=float("inf"),
+    )
 
 
 @contextmanager

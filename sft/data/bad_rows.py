@@ -52,14 +52,12 @@ def _lines(path: object, problems: Iterable[Problem]) -> list[str]:
     numbers: dict[str, list[int]] = defaultdict(list)
     for problem in problems:
         numbers[problem.message].append(problem.line)
-    return [
-        f"{path}:{found[0]}: {message}"
-        + (
-            f" (in {len(found):,} rows: {', '.join(map(str, found[:3]))}{', ...' * (len(found) > 3)})"
-            * (len(found) > 1)
-        )
-        for message, found in numbers.items()
-    ]
+    lines = []
+    for message, found in numbers.items():
+        first = ", ".join(map(str, found[:3])) + (", ..." if len(found) > 3 else "")
+        many = f" (in {len(found):,} rows: {first})" if len(found) > 1 else ""
+        lines.append(f"{path}:{found[0]}: {message}{many}")
+    return lines
 
 
 def refuse_losses(split: str, files: list[TokenFile], recipe: Recipe) -> None:

@@ -214,8 +214,8 @@ def kept_from_recipe(recipe: Recipe) -> str:
     named = " and ".join(f"{key} ({paths})" for key, paths in kept.items())
     how = " ".join(f"{key}=0.1" for key in kept)
     return (
-        f"{places['train'].key} is yours, and {named} still what {recipe.path} names; to hold out a tenth of your own "
-        f"rows for each instead: {how}"
+        f"{places['train'].key} is yours, with {named} of {recipe.path}; to hold out a tenth of your own rows for each "
+        f"instead: {how}"
     )
 
 

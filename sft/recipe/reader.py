@@ -5,6 +5,7 @@ Scalars follow the YAML 1.2 core schema: `2e-4` is a number and `no` is text.
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -236,7 +237,7 @@ def nearest_path(path: str | Path) -> str:
     found = Path()
     for part in Path(path).expanduser().parts:
         if not (found / part).exists():
-            names = [file.name for file in found.iterdir()] if found.is_dir() else []
+            names = os.listdir(found) if found.is_dir() and os.access(found, os.R_OK) else []
             part = _nearest(part, names, 0.75)  # above what the same ending makes of two short names
             if not part:
                 return ""

@@ -104,7 +104,7 @@ def _upload(written: dict[str, Item], has_switch: bool, draft: Draft) -> Iterato
     if name is None or "/" not in str(name.value):
         yield f"{switch.where}: {switch.key}: set export.push_to_hub to user/name"
         return
-    draft.set("export.push_to_hub", name.value)
+    draft.set("export.push_to_hub", name.value, "uploaded there at the end, as by the other recipe")
     if private is not None:
         draft.set("export.private", private.value)
 

@@ -1,7 +1,7 @@
 """How training goes, for the person who waits: a live line at a terminal, elsewhere a plain line a logging step."""
 
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -55,19 +55,14 @@ class TrainingLine(TrainerCallback):
         self._update(state)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Sized,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A batch of the validation split, which has a line of its own."""
         if self._progress is None:
             return
         if self._validation is None:
             self._progress.update(self._training, visible=False)
-            total, values = len(eval_dataloader), self._words()
+            total, values = len(kwargs["eval_dataloader"]), self._words()
             self._validation = self._progress.add_task("validating", total=total, values=values)
         self._progress.update(self._validation, advance=1, refresh=True)
 

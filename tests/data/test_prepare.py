@@ -339,10 +339,10 @@ def test_who_brings_other_training_rows_hears_which_splits_are_still_the_recipes
 
     both = "dataset.validation (b.jsonl, c.jsonl) and dataset.test (d.jsonl)"
     assert said("dataset.train=mine.jsonl") == (
-        f"dataset.train is yours, and {both} still what recipe.yaml names; to hold out a tenth of your own rows for "
-        "each instead: dataset.validation=0.1 dataset.test=0.1"
+        f"dataset.train is yours, with {both} of recipe.yaml; to hold out a tenth of your own rows for each "
+        "instead: dataset.validation=0.1 dataset.test=0.1"
     )
-    assert "and dataset.test (d.jsonl) still" in said("dataset.train=mine.jsonl", "dataset.validation=0.2")
+    assert "with dataset.test (d.jsonl) of recipe.yaml" in said("dataset.train=mine.jsonl", "dataset.validation=0.2")
     mine = ["dataset.train=mine.jsonl", "dataset.validation=null", "dataset.test=t.jsonl"]
     assert said() == said(*mine) == said("dataset={train: e.jsonl}") == said("dataset.test=t.jsonl") == ""
 

@@ -238,7 +238,8 @@ def nearest_path(path: str | Path) -> str:
     for part in Path(path).expanduser().parts:
         if not (found / part).exists():
             names = os.listdir(found) if found.is_dir() and os.access(found, os.R_OK) else []
-            part = _nearest(part, names, 0.75)  # above what the same ending makes of two short names
+            alike = difflib.get_close_matches(_stem(part), map(_stem, names), 8)  # for an ending alone is not alike
+            part = _nearest(part, [name for name in names if _stem(name) in alike])
             if not part:
                 return ""
         found /= part
@@ -251,9 +252,17 @@ def did_you_mean(value: Any, names: Iterable[Any]) -> str:
     return f"did you mean '{name}'?" if name else ""
 
 
-def _nearest(value: Any, names: Iterable[Any], likeness: float = 0.6) -> str:
+def _stem(name: str) -> str:
+    """
+    >>> _stem("Train.jsonl.gz"), _stem("Qwen2.5-7B")
+    ('train', 'qwen2.5-7b')
+    """
+    return re.sub(r"(\.[a-z]+)+$", "", name.lower())
+
+
+def _nearest(value: Any, names: Iterable[Any]) -> str:
     spelled = {name.lower(): name for name in names if isinstance(name, str)}
-    return next((spelled[match] for match in difflib.get_close_matches(str(value).lower(), spelled, 1, likeness)), "")
+    return next((spelled[match] for match in difflib.get_close_matches(str(value).lower(), spelled, 1)), "")
 
 
 def child_key(key: str, name: str | int) -> str:

@@ -586,7 +586,12 @@ def test_an_alias_bomb_is_refused() -> None:
 
 def test_a_missing_file_and_a_directory_are_told_apart() -> None:
     load(LEAST)
-    with pytest.raises(RecipeError, match=r"^y.yaml: no such file; did you mean 'x.yaml'\?$"):
+    Path("maren.yaml").touch()
+    Path("maren.txt").touch()
+    for name in ("maren.yml", "Maren.yaml", "mraen.yaml"):
+        with pytest.raises(RecipeError, match=rf"^{name}: no such file; did you mean 'maren.yaml'\?$"):
+            load_recipe(name)
+    with pytest.raises(RecipeError, match="^y.yaml: no such file; recipes/ holds ready ones$"):
         load_recipe("y.yaml")
     with pytest.raises(RecipeError, match="^none.yaml: no such file; recipes/ holds ready ones$"):
         load_recipe("none.yaml")

@@ -193,7 +193,8 @@ def test_an_upload_goes_over_where_it_names_a_user_and_is_switched_on(capsys):
     name = "hub_model_id: keeper/maren\n"
     export = migrate(TRL + name + "push_to_hub: true\nhub_private_repo: false\n").export
     assert (export.push_to_hub, export.private) == ("keeper/maren", False)
-    assert migrate_again(TRL + name).export.push_to_hub is None  # not pushed there either
+    for off in ("", "push_to_hub: false\n"):
+        assert migrate_again(TRL + name + off).export.push_to_hub is None  # not pushed there either
     assert migrate_again(AXOLOTL + name).export.push_to_hub == "keeper/maren"  # whose name alone uploads
     assert "push_to_hub" not in capsys.readouterr().out
     assert migrate_again(HANDBOOK + "push_to_hub: true\nhub_model_id: maren\n").export.push_to_hub is None

@@ -2,11 +2,11 @@
 
     python benchmarks/growth.py MODEL_FOLDER [--rows 10000 100000 1000000] [--lengths 512 1024 2048 4096 8192]
 
-Draws benchmarks/growth.png and prints the tables. The dialogues are those of benchmarks/preparation.py, made here with a
-seed. A measurement is a process of its own; its memory is what only it holds, at most, less what it held before the first
-row, without pages of files that are mapped. A step is one row of chats of 128 tokens, or of one chat of the whole length,
-through the model in MODEL_FOLDER with LoRA and activation checkpointing, by this repository's trainer and by trl's own on the same
-rows (padding-free, sdpa); the faster of two, after one that is not timed.
+Draws benchmarks/growth.png and prints the tables. The dialogues are those of benchmarks/preparation.py, made here with
+a seed. A measurement is a process of its own; its memory is what only it holds, at most, less what it held before the
+first row, without pages of files that are mapped. A step is one row of chats of 128 tokens, or of one chat of the whole
+length, through the model in MODEL_FOLDER with LoRA and activation checkpointing, by this repository's trainer and by
+trl's own on the same rows (padding-free, sdpa); the faster of two, after one that is not timed.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Peak:
         self.bytes -= self._before
 
 
-# ----------------------------------------------------------------------------------------------- what a process measures
+# ---------------------------------------------------------------------------------------------- what a process measures
 
 
 def prepared(folder: str, count: str) -> Figures:

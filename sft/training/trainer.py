@@ -26,6 +26,7 @@ from sft.files import CHECKSUMS
 from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.model.lora_init import to_plain_lora
 from sft.recipe import Recipe
+from sft.training import parallel
 from sft.training.arguments import training_config
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
 from sft.training.checkpoints import CheckpointTrainer
@@ -297,11 +298,15 @@ def make_trainer(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    if recipe.dataset.packing:
+    # Rows of a batch are put one after another, so that no padding is computed. NEFTune's noise goes by the length of
+    # its row, context parallelism keeps no conversations apart, and batches of a stream are cut by rows for processes.
+    keeps_rows = args.neftune_noise_alpha or parallel.context_parallel_gpus() or recipe.dataset.streaming
+    if recipe.dataset.packing or (args.per_device_train_batch_size > 1 and not keeps_rows):
         # The probe has decided it by a small model (sft/training/packing_probe.py). This is the model that trains: with
         # its adapters, quantised, on several devices, under autocast; and all there is where none could be built small.
         with trainer.accelerator.autocast():
             leak = leak_of_packed_rows(trainer.model, collate)
-        if leak:
+        if leak and recipe.dataset.packing:
             raise recipe.error("dataset.packing", f"{leak}; set dataset.packing: false")
+        collate.padding_free = not leak
     return trainer

@@ -187,6 +187,18 @@ def test_padding_of_a_packed_batch_changes_nothing():
     assert (padded[:, :31] - bare).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("tokens, dtype", [(40, torch.float32), (299, torch.float32), (300, torch.bfloat16)])
+def test_short_conversations_in_bfloat16_on_a_cpu_are_attended_to_in_float32(tokens, dtype):
+    torch.manual_seed(0)
+    module = LlamaForCausalLM(LlamaConfig(**TINY)).model.layers[0].self_attn
+    query, key, value = (torch.randn(1, heads, tokens, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.conversation_attention(module, query, key, value, None, is_causal=True)[0]
+    states = (states.to(dtype) for states in (query, key, value))
+    expected = attention.SDPA(module, *states, None, is_causal=True)[0].to(torch.bfloat16)
+    assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gemma2, window and soft cap"])
 def test_conversations_in_bfloat16_under_autocast_stay_apart(name):
     model = built(MODELS[name])

@@ -226,7 +226,19 @@ def test_packed_rows_of_a_model_that_would_let_them_see_each_other_are_refused(r
     model, tokenizer = load_model(made), load_tokenizer(made)
     with pytest.raises(UserError, match="BloomForCausalLM lets the conversations of a packed row see each other; set"):
         make_trainer(made, model, tokenizer, Data(None, rows))
-    make_trainer(recipe(f"model_name_or_path={folder}"), model, tokenizer, Data(None, token_rows()))
+    unpacked = make_trainer(recipe(f"model_name_or_path={folder}"), model, tokenizer, Data(None, token_rows()))
+    assert "attention_mask" in unpacked.data_collator([token_rows()[i] for i in range(2)]), "it is padded"
+
+
+@pytest.mark.parametrize("overrides, padded", [([], False), (["training_args.neftune_noise_alpha=5"], True)])
+def test_batches_of_unpacked_rows_have_padding_only_where_a_method_goes_by_it(recipe, overrides, padded):
+    made = recipe("training_args.per_device_train_batch_size=2", *overrides)
+    trainer = make_trainer(made, load_model(made), load_tokenizer(made), Data(None, token_rows()))
+    rows = [token_rows()[i] for i in range(2)]
+    batch = trainer.data_collator(rows)
+    longest, together = max(len(row["input_ids"]) for row in rows), sum(len(row["input_ids"]) for row in rows)
+    assert tuple(batch["input_ids"].shape) == ((2, longest) if padded else (1, together))
+    assert ("cu_seq_lens_q" in batch) is not padded
 
 
 def test_every_lora_b_trains_in_4_bits_after_an_evaluation(recipe):

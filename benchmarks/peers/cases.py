@@ -13,7 +13,7 @@ Row = dict[str, list[dict[str, str]]]  # {"messages": [{"role", "content"}, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. A step is `rows_a_step` rows, packed ones if packed, all in one batch."""
+    """One comparison. A step is `rows_a_step` rows, packed ones if packed, in one batch or, accumulated, one by one."""
 
     name: str
     what: str
@@ -25,14 +25,16 @@ class Case:
     lora: bool = True
     four_bits: bool = False
     packed: bool = False
+    accumulated: bool = False
 
 
 CASES = {
     case.name: case
     for case in (
         Case("chats", "16 two-speaker chats of up to 512 tokens, LoRA", 4, 4),
-        Case("tiny", "the same on a random model of 2 layers, width 64", 4, 41, tiny=True),
-        Case("full", "the same, all weights trained", 4, 4, lora=False),
+        Case("accumulated", "the same, a chat at a time, gradients accumulated", 4, 4, accumulated=True),
+        Case("tiny", "the chats on a random model of 2 layers, width 64", 4, 41, tiny=True),
+        Case("full", "the chats, all weights trained", 4, 4, lora=False),
         Case("single", "single-turn rows, LoRA", 16, 5, single_turn=True),
         Case("4bit", "the chats on a base of 4 bits (nf4), LoRA", 4, 4, four_bits=True),
         Case("long", "chats packed into rows of 2,048 tokens, LoRA", 1, 4, tokens=2048, packed=True),

@@ -49,8 +49,8 @@ class Job:
     def trainer_arguments(self) -> dict[str, Any]:
         """What all tools hand to transformers' Trainer by the same names."""
         return {
-            "per_device_train_batch_size": self.case.rows_a_step,
-            "gradient_accumulation_steps": 1,
+            "per_device_train_batch_size": 1 if self.case.accumulated else self.case.rows_a_step,
+            "gradient_accumulation_steps": self.case.rows_a_step if self.case.accumulated else 1,
             "max_steps": self.case.steps,
             "learning_rate": 2e-4,
             "lr_scheduler_type": "constant",

@@ -83,12 +83,15 @@ def environment(folder: Path) -> dict[str, str]:
 def run(python: Path, name: str, job: Job) -> dict[str, Any]:
     """One run of a tool: its steps, its memory, and why it did not end, if so."""
     command = [str(python), str(HERE / "record.py"), str(job.folder / "steps.jsonl"), *TOOLS[name].command(job)]
-    load, begun, held = psutil.getloadavg()[0], time.time(), []
+    begun, busy_before, held, own = time.time(), _busy(), [], 0.0
     with open(job.folder / "log.txt", "w", encoding="utf-8") as log:
         process = psutil.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(job.folder.parent))
         while process.poll() is None and time.time() - begun < LIMIT_SECONDS:
-            held.append((time.time(), _resident(process)))
+            size, seconds = _held_by(process)
+            held.append((time.time(), size))
+            own = max(own, seconds)
             time.sleep(0.1)
+        others = (_busy() - busy_before - own) / (time.time() - begun)
     problem = _problem(process, job.folder / "log.txt")
     records = [json.loads(line) for line in _lines(job.folder / "steps.jsonl")]
     steps = _steps(records)
@@ -100,20 +103,27 @@ def run(python: Path, name: str, job: Job) -> dict[str, Any]:
         "steps": steps,
         "peak_bytes": max((size for at, size in held if at <= until), default=0),
         "seconds": time.time() - begun,
-        "load": load,
+        "others": others,
         "problem": problem if len(steps) < job.case.steps else None,
     }
 
 
-def _resident(process: psutil.Process) -> int:
-    """Bytes of the process and all that it started; what they share is counted for each."""
-    size = 0
+def _held_by(process: psutil.Process) -> tuple[int, float]:
+    """Bytes and CPU seconds of the process and all that it started; memory that they share is counted for each."""
+    size, seconds = 0, 0.0
     try:
         for each in (process, *process.children(recursive=True)):
             size += each.memory_info().rss
+            seconds += sum(each.cpu_times()[:2])
     except psutil.NoSuchProcess:  # one that has just ended
         pass
-    return size
+    return size, seconds
+
+
+def _busy() -> float:
+    """CPU seconds that the machine has worked since it started, or that its host kept from it."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "steal"))
 
 
 def _problem(process: psutil.Popen, log: Path) -> str:

@@ -136,7 +136,7 @@ def recorded(tool, seconds, loss=2.0, supervised=50, case="chats", problem=None)
     ]
     return {
         "case": case, "tool": tool, "dtype": "float32", "steps": [] if problem else steps, "peak_bytes": 2.5e9,
-        "seconds": 60, "load": 1.0, "problem": problem, "answers_in_first_step": 3, "linear": 1000, "lora": 10,
+        "seconds": 60, "others": 0.1, "problem": problem, "answers_in_first_step": 3, "linear": 1000, "lora": 10,
         "head": 100,
     }  # fmt: skip
 

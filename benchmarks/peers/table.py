@@ -65,7 +65,7 @@ def _row(tool: str, group: dict[str, list[dict[str, Any]]], lora: bool, flops: d
         "first_loss": first["steps"][0]["loss"],
         "last_loss": first["steps"][-1]["loss"],
         "loss_differs": why_it_differs(first, ours[0]) if ours and tool != "ours" else None,
-        "load": [run["load"] for run in done],
+        "others": [run["others"] for run in done],
     }
 
 

@@ -8,7 +8,7 @@ benchmarks/peers/), as a process of its own, one after the other, round by round
 batch and steps (benchmarks/peers/tools.py); --model must speak ChatML, as SmolLM2 does.
 
 A small recorder in the process (benchmarks/peers/record.py) notes when each optimizer step ends and what it trained on.
-Tokens a second are those of steps 2 to the last over the time from the end of the first step to that of the last.
+Tokens a second are those of a run's median step without the first, from the end of the step before it to its own end.
 Memory is the most that the tool's processes held (resident) until then, looked at ten times a second.
 
 Each run is added to OUT/runs.jsonl, so that a later call adds rounds; table.md and table.json are made from all of them

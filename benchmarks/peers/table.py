@@ -1,6 +1,7 @@
 """OUT/runs.jsonl -> OUT/table.md and OUT/table.json."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,9 +71,12 @@ def _row(tool: str, group: dict[str, list[dict[str, Any]]], lora: bool, flops: d
 
 
 def rate(run: dict[str, Any], what: str) -> float:
-    """A second, from the end of the first step to that of the last."""
+    """A second, in the median of the steps but the first, from the end of one to that of the next.
+
+    The median, since a step in which something else took the machine is two to three times as long.
+    """
     steps = run["steps"]
-    return sum(step[what] for step in steps[1:]) / (steps[-1]["time"] - steps[0]["time"])
+    return median(step[what] / (step["time"] - before["time"]) for before, step in pairwise(steps))
 
 
 def spread(values: list[float]) -> list[float]:

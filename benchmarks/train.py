@@ -22,15 +22,16 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.peers.cases import CASES, answers_of, make_tiny, rows_of, weights_of  # noqa: E402
+from benchmarks.peers.cases import CASES, answers_of, make_tiny, rows_of, speaks_chatml, weights_of  # noqa: E402
 from benchmarks.peers.table import written  # noqa: E402
 from benchmarks.peers.tools import HERE, TOOLS, Job, python_of  # noqa: E402 - the path above comes first
 
@@ -154,12 +155,10 @@ def _steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return steps
 
 
-def compare(options: argparse.Namespace, name: str) -> None:
+def compare(options: argparse.Namespace, name: str, tokenizer: Any) -> None:
     """Rounds of a case, each tool once in each."""
-    from transformers import AutoTokenizer
-
     case = CASES[name]
-    rows = rows_of(case, AutoTokenizer.from_pretrained(options.model))
+    rows = rows_of(case, tokenizer)
     model = make_tiny(options.model, options.out / "tiny") if case.tiny else options.model
     facts = {"answers_in_first_step": answers_of(rows[: case.rows_a_step]), **vars(weights_of(model))}
     for number in range(options.runs):
@@ -180,6 +179,21 @@ def compare(options: argparse.Namespace, name: str) -> None:
                 shutil.copy(folder / "log.txt", options.out / f"{name}-{tool}.log")
 
 
+def train(options: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> None:
+    if not (options.model / "config.json").is_file():
+        refuse(f"--model: {options.model} holds no model; python -m sft.fetch gets SmolLM2-135M-Instruct")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if not speaks_chatml(tokenizer):
+        refuse(f"--model: the chat template of {options.model} is not plain ChatML, which the tools are asked for here")
+    options.dtype = options.dtype or fast_dtype()
+    options.out.mkdir(parents=True, exist_ok=True)
+    note_machine(options.out / "machine.json")
+    for name in options.case:
+        compare(options, name, tokenizer)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
@@ -194,13 +208,9 @@ def main() -> None:
     for name in ("model", "out", "environments"):
         setattr(options, name, getattr(options, name).resolve())
     if not options.table:
-        if not (options.model / "config.json").is_file():
-            parser.error(f"--model: {options.model} holds no model; python -m sft.fetch gets SmolLM2-135M-Instruct")
-        options.dtype = options.dtype or fast_dtype()
-        options.out.mkdir(parents=True, exist_ok=True)
-        note_machine(options.out / "machine.json")
-        for name in options.case:
-            compare(options, name)
+        train(options, parser.error)
+    if not (options.out / "runs.jsonl").is_file():
+        parser.error(f"--out: {options.out} holds no runs")
     print(written(options.out))
 
 

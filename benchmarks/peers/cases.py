@@ -32,7 +32,7 @@ CASES = {
     case.name: case
     for case in (
         Case("chats", "16 two-speaker chats of up to 512 tokens, LoRA", 4, 4),
-        Case("accumulated", "the same, a chat at a time, gradients accumulated", 4, 4, accumulated=True),
+        Case("accumulated", "the chats, one at a time, gradients accumulated", 4, 4, accumulated=True),
         Case("tiny", "the chats on a random model of 2 layers, width 64", 4, 41, tiny=True),
         Case("full", "the chats, all weights trained", 4, 4, lora=False),
         Case("single", "single-turn rows, LoRA", 16, 5, single_turn=True),
@@ -83,6 +83,13 @@ def _turns() -> list[list[dict[str, str]]]:
 def tokens_of(messages: list[dict[str, str]], tokenizer: Any) -> int:
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def speaks_chatml(tokenizer: Any) -> bool:
+    """Whether it renders as LLaMA-Factory's smollm2, ms-swift's chatml and our template for trl do."""
+    messages = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    expected = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return tokenizer.chat_template is not None and (tokenizer.apply_chat_template(messages, tokenize=False) == expected)
 
 
 def answers_of(rows: list[Row]) -> int:

@@ -47,8 +47,9 @@ def rows_of(case: Case, tokenizer: Any) -> list[Row]:
     turns = _turns()
     if case.single_turn:
         return [{"messages": turns[i % len(turns)]} for i in range(case.rows_a_step * case.steps)]
+    # Seven chats fill a packed row of four times their length, with some to choose from.
+    count = 7 * case.rows_a_step * case.steps if case.packed else 16
     chats = []
-    count = 4 * case.rows_a_step * case.steps if case.packed else 16
     for number in range(count):
         longest = 512 - 83 * (number % 5)
         chats.append({"messages": _chat(turns, number, longest, tokenizer)})

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -87,13 +88,16 @@ def run(python: Path, name: str, job: Job) -> dict[str, Any]:
     begun, busy_before, held, own = time.time(), _busy(), [], 0.0
     with open(job.folder / "log.txt", "w", encoding="utf-8") as log:
         process = psutil.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment(job.folder.parent))
-        while process.poll() is None and time.time() - begun < LIMIT_SECONDS:
-            size, seconds = _held_by(process)
-            held.append((time.time(), size))
-            own = max(own, seconds)
-            time.sleep(0.1)
-        others = (_busy() - busy_before - own) / (time.time() - begun)
-    problem = _problem(process, job.folder / "log.txt")
+        try:
+            while process.poll() is None and time.time() - begun < LIMIT_SECONDS:
+                size, seconds = _held_by(process)
+                held.append((time.time(), size))
+                own = max(own, seconds)
+                time.sleep(0.1)
+            others = (_busy() - busy_before - own) / (time.time() - begun)
+            problem = _problem(process.poll(), job.folder / "log.txt")
+        finally:
+            _end(process)
     records = [json.loads(line) for line in _lines(job.folder / "steps.jsonl")]
     steps = _steps(records)
     until = steps[-1]["time"] if steps else time.time()
@@ -127,15 +131,20 @@ def _busy() -> float:
     return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "steal"))
 
 
-def _problem(process: psutil.Popen, log: Path) -> str:
-    """Why it ended early; a run that takes too long is ended here, with all that it started."""
+def _problem(code: int | None, log: Path) -> str:
+    """Why it ended early. code: its exit code; None: it runs still."""
+    if code is None:
+        return f"did not end its steps within {LIMIT_SECONDS} s"
+    last = [line for line in _lines(log) if line.strip()][-1:]
+    return f"exit code {code}: {''.join(last).strip()[:200]}"
+
+
+def _end(process: psutil.Popen) -> None:
+    """With all that it started; a run takes too long, or this program was stopped."""
     if process.poll() is None:
         for each in (*process.children(recursive=True), process):
             each.kill()
         process.wait()
-        return f"did not end its steps within {LIMIT_SECONDS} s"
-    last = [line for line in _lines(log) if line.strip()][-1:]
-    return f"exit code {process.returncode}: {''.join(last).strip()[:200]}"
 
 
 def _lines(path: Path) -> list[str]:
@@ -205,6 +214,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--table", action="store_true", help="only the tables, from the runs that are there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # a run that goes on is ended then
     for name in ("model", "out", "environments"):
         setattr(options, name, getattr(options, name).resolve())
     if not options.table:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import train
 from benchmarks.peers import tools
-from benchmarks.peers.cases import CASES, Case, Weights, answers_of, rows_of, tokens_of
+from benchmarks.peers.cases import CASES, Case, Weights, answers_of, rows_of, speaks_chatml, tokens_of
 from benchmarks.peers.record import real_tokens, supervised_tokens
 from benchmarks.peers.table import summary, why_it_differs, written
 
@@ -117,10 +117,10 @@ def test_environment_that_is_there_is_used_again_and_pins_bring_no_torch(tmp_pat
         assert not [line for line in lines if re.match(r"torch(vision|audio)?==|nvidia", line)]
 
 
-def test_chats_have_two_speakers_and_the_lengths_that_are_said(small_qwen):
-    tokenizer = AutoTokenizer.from_pretrained(small_qwen)
-    chats = rows_of(CASES["chats"], tokenizer)
-    lengths = [tokens_of(chat["messages"], tokenizer) for chat in chats]
+def test_chats_have_two_speakers_and_the_lengths_that_are_said(qwen_tokenizer):
+    chats = rows_of(CASES["chats"], qwen_tokenizer)
+    lengths = [tokens_of(chat["messages"], qwen_tokenizer) for chat in chats]
+    assert speaks_chatml(qwen_tokenizer)
     assert len(chats) == 16 and max(lengths) <= 512 and 150 < median(lengths)
     assert {tuple(m["role"] for m in chat["messages"][1:3]) for chat in chats} == {("user", "assistant")}
     assert answers_of(chats) == sum(len(chat["messages"]) // 2 for chat in chats)

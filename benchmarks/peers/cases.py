@@ -57,9 +57,9 @@ def rows_of(case: Case, tokenizer: Any) -> list[Row]:
 
 
 def _chat(turns: list[list[dict[str, str]]], number: int, longest: int, tokenizer: Any) -> list[dict[str, str]]:
-    """As many turns, from a place of its own on, as `longest` tokens take."""
-    messages = turns[0][:1]
-    for at in range(17 * number, 17 * number + len(turns)):
+    """As many turns, from a place of its own on, as `longest` tokens take; at least one."""
+    messages = turns[17 * number % len(turns)]
+    for at in range(17 * number + 1, 17 * number + len(turns)):
         longer = [*messages, *turns[at % len(turns)][1:]]
         if tokens_of(longer, tokenizer) > longest:
             break

@@ -11,6 +11,7 @@ A small recorder in the process (benchmarks/peers/record.py) notes when each opt
 Tokens a second are those of a run's median step without the first, from the end of the step before it to its own end.
 Memory is the most that the tool's processes held (resident) until then, looked at ten times a second.
 
+Runs during which others used more than a quarter of a core are left out, as are, in the ratios, runs of the same round.
 Each run is added to OUT/runs.jsonl, so that a later call adds rounds; table.md and table.json are made from all of them
 (--table makes them again and runs nothing).
 """

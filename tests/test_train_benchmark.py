@@ -129,21 +129,26 @@ def test_chats_have_two_speakers_and_the_lengths_that_are_said(qwen_tokenizer):
 # ------------------------------------------------------------------------------------------------ what the table says
 
 
-def recorded(tool, seconds, loss=2.0, supervised=50, case="chats", problem=None):
+def recorded(tool, seconds, loss=2.0, supervised=50, case="chats", problem=None, others=0.1):
     steps = [
         {"step": i + 1, "time": 10 + i * seconds, "loss": loss, "tokens": 100, "supervised": supervised, "places": 120}
         for i in range(3)
     ]
     return {
         "case": case, "tool": tool, "dtype": "float32", "steps": [] if problem else steps, "peak_bytes": 2.5e9,
-        "seconds": 60, "others": 0.1, "problem": problem, "answers_in_first_step": 3, "linear": 1000, "lora": 10,
+        "seconds": 60, "others": others, "problem": problem, "answers_in_first_step": 3, "linear": 1000, "lora": 10,
         "head": 100,
     }  # fmt: skip
 
 
 def test_table_has_medians_ratios_by_round_and_what_failed(tmp_path):
     runs = [recorded("ours", 1), recorded("trl", 4), recorded("ours", 2), recorded("trl", 4), recorded("ours", 1)]
-    runs += [recorded("trl", 5), recorded("ms-swift", 1, problem="exit code 1: no | such thing")]
+    runs += [
+        recorded("trl", 5),
+        recorded("ours", 30, others=0.6),
+        recorded("trl", 4),
+        recorded("ms-swift", 1, problem="exit code 1: no | such thing"),
+    ]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
     machine = {"cpu": "A CPU", "cores": 2, "threads": 2, "avx512_bf16": False, "memory_bytes": 24 * 2**30}
     # A token takes 4 x 1000 + 6 x 10 + 4 x 100 / 2 = 4260; 100 a second of these are 42.6 % of a million.
@@ -153,9 +158,9 @@ def test_table_has_medians_ratios_by_round_and_what_failed(tmp_path):
     assert text.startswith("A CPU, 2 cores, 2 threads, no avx512_bf16, 24 GiB; a matrix product reaches 0 GFLOP/s in")
     lines = text.splitlines()[-3:]
     assert lines == [
-        "| this repository | 100 (50 to 100) | 50 (25 to 50) |  | 2.5 GB | 43% | 2.0000 | 3 |",
+        "| this repository | 100 (50 to 100) | 50 (25 to 50) |  | 2.5 GB | 43% | 2.0000 | 3, 1 left out |",
         "| trl 1.16.0, its script | 25 (20 to 25) | 12 (10 to 12) | 4.00 (2.00 to 5.00) | 2.5 GB | 11% | "
-        "2.0000 (+0.0%) | 3 |",
+        "2.0000 (+0.0%) | 4 |",
         "| ms-swift 4.6.0 | exit code 1: no \\| such thing | | | | | | 0 |",
     ]
     rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["rows"]

@@ -10,6 +10,7 @@ from benchmarks.peers.cases import CASES, Weights
 from benchmarks.peers.tools import TOOLS
 
 SAME_LOSS = 0.02
+OTHERS = 0.25  # cores; a run during which others used more is left out
 HEAD = (
     "| tool | real tokens/s | supervised tokens/s | ours is faster | peak memory | of the matmul rate | "
     "loss of the first step | runs |\n|---|---|---|---|---|---|---|---|"
@@ -44,20 +45,20 @@ def summary(runs: list[dict[str, Any]], flops: dict[str, float]) -> list[dict[st
 
 
 def _row(tool: str, group: dict[str, list[dict[str, Any]]], lora: bool, flops: dict[str, float]) -> dict[str, Any]:
-    done = [run for run in group[tool] if not run["problem"]]
-    if not done:
-        return {"problem": group[tool][-1]["problem"]}
-    first = done[0]
-    ours = [run for run in group.get("ours", []) if not run["problem"]]
+    rounds = _counted(group[tool])
+    if not rounds:
+        return {"problem": group[tool][-1]["problem"] or "others used the machine in every run"}
+    done = list(rounds.values())
+    first, own = done[0], _counted(group.get("ours", []))
     speeds = [rate(run, "tokens") for run in done]
     timed = first["steps"][1:]
     supervised = sum(step["supervised"] for step in timed) / sum(step["tokens"] for step in timed)
     needed = Weights(first["linear"], first["lora"], first["head"]).flops_a_token(supervised, lora)
-    # Rounds are paired: what else the machine did while both ran is in neither alone.
-    ratios = [rate(own, "tokens") / rate(run, "tokens") for own, run in zip(ours, done, strict=False)]
+    ratios = [rate(own[number], "tokens") / rate(run, "tokens") for number, run in rounds.items() if number in own]
     return {
         "problem": None,
         "runs": len(done),
+        "left_out": len(group[tool]) - len(done),
         "tokens_a_second": spread(speeds),
         "supervised_a_second": spread([rate(run, "supervised") for run in done]),
         "ratio": spread(ratios) if ratios else None,
@@ -65,16 +66,17 @@ def _row(tool: str, group: dict[str, list[dict[str, Any]]], lora: bool, flops: d
         "share_of_matmul": median(speeds) * needed / flops[first["dtype"]],
         "first_loss": first["steps"][0]["loss"],
         "last_loss": first["steps"][-1]["loss"],
-        "loss_differs": why_it_differs(first, ours[0]) if ours and tool != "ours" else None,
-        "others": [run["others"] for run in done],
+        "loss_differs": why_it_differs(first, next(iter(own.values()))) if own and tool != "ours" else None,
     }
 
 
-def rate(run: dict[str, Any], what: str) -> float:
-    """A second, in the median of the steps but the first, from the end of one to that of the next.
+def _counted(runs: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Round -> run, of those that ended and had the machine to themselves."""
+    return {n: run for n, run in enumerate(runs) if not run["problem"] and run["others"] <= OTHERS}
 
-    The median, since a step in which something else took the machine is two to three times as long.
-    """
+
+def rate(run: dict[str, Any], what: str) -> float:
+    """A second, in the median of the steps but the first, from the end of one to that of the next."""
     steps = run["steps"]
     return median(step[what] / (step["time"] - before["time"]) for before, step in pairwise(steps))
 
@@ -129,10 +131,11 @@ def _line(row: dict[str, Any]) -> str:
     if row["problem"]:
         return f"| {label} | " + row["problem"].replace("|", "\\|") + " | | | | | | 0 |"
     loss = f"{row['first_loss']:.4f}" + (f" ({row['loss_differs']})" if row["loss_differs"] else "")
+    left_out = f", {row['left_out']} left out" if row["left_out"] else ""
     return (
         f"| {label} | {_figure(row['tokens_a_second'])} | {_figure(row['supervised_a_second'])} | "
         f"{_figure(row['ratio'], 2) if row['ratio'] and row['tool'] != 'ours' else ''} | "
-        f"{row['peak_bytes'][0] / 1e9:.1f} GB | {row['share_of_matmul']:.0%} | {loss} | {row['runs']} |"
+        f"{row['peak_bytes'][0] / 1e9:.1f} GB | {row['share_of_matmul']:.0%} | {loss} | {row['runs']}{left_out} |"
     )
 
 

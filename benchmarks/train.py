@@ -11,9 +11,9 @@ A small recorder in the process (benchmarks/peers/record.py) notes when each opt
 Tokens a second are those of a run's median step without the first, from the end of the step before it to its own end.
 Memory is the most that the tool's processes held (resident) until then, looked at ten times a second.
 
-Runs during which others used more than a quarter of a core are left out, as are, in the ratios, runs of the same round.
 Each run is added to OUT/runs.jsonl, so that a later call adds rounds; table.md and table.json are made from all of them
-(--table makes them again and runs nothing).
+(--table makes them again and runs nothing). A run during which others used more than a quarter of a core is left out,
+and so is its round in the ratios.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def compare(options: argparse.Namespace, name: str, tokenizer: Any) -> None:
             steps = result["steps"]
             said = result["problem"] or f"{steps[-1]['time'] - steps[0]['time']:.1f} s for {len(steps) - 1} steps"
             print(f"{name}, round {number + 1}, {tool}: {said}", file=sys.stderr, flush=True)
-            if result["problem"]:
+            if result["problem"] and (folder / "log.txt").is_file():
                 shutil.copy(folder / "log.txt", options.out / f"{name}-{tool}.log")
 
 

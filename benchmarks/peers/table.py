@@ -141,4 +141,4 @@ def _line(row: dict[str, Any]) -> str:
 
 def _figure(values: list[float], digits: int = 0) -> str:
     middle, least, most = (f"{value:,.{digits}f}" for value in values)
-    return f"{middle} ({least} to {most})"
+    return middle if least == most else f"{middle} ({least} to {most})"

@@ -74,7 +74,7 @@ def prepared(folder: str, count: str) -> Figures:
         recipe, encoder = load_recipe(recipe_file), ChatEncoder(AutoTokenizer.from_pretrained(folder))
         begun = time.perf_counter()
         with Peak() as tokenising:
-            rows = tokenise_file(data, "auto", encoder, recipe).rows
+            rows = tokenise_file(data, recipe.dataset.train[0], encoder, recipe).rows
         tokenised = time.perf_counter()
         with Peak() as packing:
             pack(rows, 2048)

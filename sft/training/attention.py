@@ -268,7 +268,8 @@ def conversation_attention(
         kwargs: is_causal, and what sdpa has no use for, as sliding_window: the mask tells it.
     Returns: (rows, tokens, heads, head_dim), and no weights.
     """
-    attend, options = _sdpa, {"dropout": dropout, "scaling": scaling, **kwargs}
+    attend: Callable[..., tuple[torch.Tensor, None]] = _sdpa
+    options = {"dropout": dropout, "scaling": scaling, **kwargs}
     if softcap is not None or s_aux is not None:
         attend = _plain_attention
         options |= {"softcap": softcap, "s_aux": s_aux}

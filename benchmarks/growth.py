@@ -93,7 +93,7 @@ def step(folder: str, length: str, chat: str, whose: str) -> Figures:
     import torch
     from trl import SFTTrainer
 
-    from benchmarks.gpu_checks.speed import _timed
+    from benchmarks.gpu_checks import speed
     from sft.data.splits import Data
     from sft.model.load import load_model
     from sft.model.lora import add_lora
@@ -102,13 +102,11 @@ def step(folder: str, length: str, chat: str, whose: str) -> Figures:
     from sft.training import arguments, trainer
 
     with tempfile.TemporaryDirectory() as scratch:
-        options = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
-        options |= {"activation_checkpointing": "true", "disable_tqdm": "true", "logging_steps": 1}
         recipe = load_recipe(
             ROOT / "recipes/smollm2_cpu.yaml",
-            [f"training_args.{key}={value}" for key, value in options.items()]
+            [*speed.ALONE, f"training_args.max_steps={STEPS}", "training_args.activation_checkpointing=true"]
             + [f"model_name_or_path={folder}", f"output_dir={scratch}", f"dataset.max_length={length}"]
-            + ["dataset.validation=null", "dataset.test=null", "lora_config.layers_to_transform=null"],
+            + ["lora_config.layers_to_transform=null"],
         )
         tokenizer, model = load_tokenizer(recipe), add_lora(load_model(recipe), recipe)
         ids = torch.randint(3, 1000, (STEPS, int(length)), generator=torch.Generator().manual_seed(0)).tolist()
@@ -121,7 +119,7 @@ def step(folder: str, length: str, chat: str, whose: str) -> Figures:
             args.padding_free, args.max_length = True, None
             rows = datasets.Dataset.from_dict({**row, "labels": ids})
             made = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-        return {"seconds": min(_timed(made).seconds[1:])}
+        return {"seconds": min(speed.timed(made).seconds[1:])}
 
 
 MEASURES = {"prepared": prepared, "step": step}

@@ -24,24 +24,19 @@ from sft.recipe import load_recipe  # noqa: E402
 from sft.training import trainer  # noqa: E402
 from sft.training.duration import matmul_rate  # noqa: E402
 
-ALONE = {"max_steps": speed.STEPS, "gradient_accumulation_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
-ALONE |= {"logging_steps": 1, "disable_tqdm": "true"}
-
 
 def main(recipe_file: str, *overrides: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        alone = [f"training_args.{key}={value}" for key, value in ALONE.items()]
-        alone += ["dataset.validation=null", "dataset.test=null", f"output_dir={scratch}"]
-        recipe = load_recipe(recipe_file, [*overrides, *alone])
+        recipe = load_recipe(recipe_file, [*overrides, *speed.ALONE, f"output_dir={scratch}"])
         tokenizer, model = load_tokenizer(recipe), add_lora(load_model(recipe), recipe)
         rows = prepare(recipe, tokenizer).train
         count = min(len(rows), speed.STEPS * int(recipe.training_args["per_device_train_batch_size"]))
         rows = rows.select(range(count))
-        labels = [speed._labels(row) for row in rows]
-        steps = speed._timed(trainer.make_trainer(recipe, model, tokenizer, Data(None, rows)))
+        labels = [speed.labels_of(row) for row in rows]
+        steps = speed.timed(trainer.make_trainer(recipe, model, tokenizer, Data(None, rows)))
     dtype = autocast_dtype(recipe) or model.dtype
     rate = matmul_rate(model.device.type, dtype)
-    share = steps.tokens_a_second * speed._flops_a_token(recipe, meta_model(recipe), labels) / rate
+    share = steps.tokens_a_second * speed.flops_a_token(recipe, meta_model(recipe), labels) / rate
     print(
         f"{steps.tokens_a_second:,.0f} tokens/s in {str(dtype).removeprefix('torch.')}, {share:.0%} of the "
         f"{rate / 1e9:,.0f} GFLOP/s of a matrix product; {median(steps.tokens):,.0f} tokens in a step"

@@ -123,7 +123,7 @@ def test_flops_of_a_token_are_those_counted_by_hand(tmp_path):
     # tokens go through the head, 640 x 64.
     linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     lora = 2 * 32 * (2 * (64 + 64) + 2 * (64 + 32))
-    found = speed._flops_a_token(recipe, meta_model(recipe), [[-100, 5], [6, -100]])
+    found = speed.flops_a_token(recipe, meta_model(recipe), [[-100, 5], [6, -100]])
     assert found == 4 * linear + 6 * lora + 4 * 640 * 64 / 2
 
 

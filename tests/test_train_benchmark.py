@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from statistics import median
 
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from benchmarks import train
+from benchmarks.flops import Weights
 from benchmarks.peers import tools
-from benchmarks.peers.cases import CASES, Case, Weights, answers_of, rows_of, speaks_chatml, tokens_of
+from benchmarks.peers.cases import CASES, Case, answers_of, rows_of, speaks_chatml, tokens_of
 from benchmarks.peers.record import real_tokens, supervised_tokens
 from benchmarks.peers.table import summary, why_it_differs, written
 
@@ -103,6 +105,7 @@ def test_run_that_takes_too_long_is_ended(job, monkeypatch):
     monkeypatch.setattr(train, "LIMIT_SECONDS", 1)
     result = train.run(Path(sys.executable), "trl", job("trl"))
     assert result["problem"] == "did not end its steps within 1 s" and result["seconds"] < 20
+    assert not [each for each in psutil.Process().children(recursive=True) if "record.py" in " ".join(each.cmdline())]
 
 
 def test_environment_that_is_there_is_used_again_and_pins_bring_no_torch(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from trl import SFTTrainer
 
+from benchmarks.flops import Weights, linear_layers
 from benchmarks.gpu_checks.line import Line, judged, not_here
 from benchmarks.gpu_checks.machine import ON_GPU, peak_flops, sync
 from benchmarks.gpu_checks.models import full_size, recipe_for
@@ -28,6 +29,17 @@ from sft.training.memory import estimate_memory
 
 LENGTHS = (2048, 8192) if ON_GPU else (512, 1024)
 STEPS = 6  # the first compiles kernels, the last is profiled, and those between are timed
+# Steps of one batch each, with nothing between them.
+ALONE = [
+    "dataset.validation=null",
+    "dataset.test=null",
+    f"training_args.max_steps={STEPS}",
+    "training_args.gradient_accumulation_steps=1",
+    "training_args.save_strategy=no",
+    "training_args.logging_steps=1",
+    "training_args.logging_nan_inf_filter=false",
+    "training_args.disable_tqdm=true",
+]
 DISK_BYTES = 17e9 if ON_GPU else 1e8
 MEMORY_LIMIT = 0.15  # how far --check's estimate may be off
 SLOWER_THAN_TRL = 0.9  # what we add to trl's trainer may not cost more than the noise of four steps
@@ -73,19 +85,7 @@ def _free_memory() -> None:
 
 
 def _recipe(name: str, model_folder: Path, length: int) -> Recipe:
-    return recipe_for(
-        model_folder,
-        f"dataset.max_length={length}",
-        "dataset.validation=null",
-        "dataset.test=null",
-        f"training_args.max_steps={STEPS}",
-        "training_args.gradient_accumulation_steps=1",
-        "training_args.save_strategy=no",
-        "training_args.logging_steps=1",
-        "training_args.logging_nan_inf_filter=false",
-        "training_args.disable_tqdm=true",
-        name=name,
-    )
+    return recipe_for(model_folder, f"dataset.max_length={length}", *ALONE, name=name)
 
 
 def _both_trainers(recipe: Recipe, model: Any, held_before: int) -> Iterator[Line]:
@@ -94,10 +94,10 @@ def _both_trainers(recipe: Recipe, model: Any, held_before: int) -> Iterator[Lin
     rows = rows.select(range(STEPS * int(recipe.training_args["per_device_train_batch_size"])))  # what the steps see
     meta = meta_model(recipe)
 
-    ours = _timed(trainer.make_trainer(recipe, model, tokenizer, Data(None, rows)))
-    labels = [_labels(row) for row in rows]
+    ours = timed(trainer.make_trainer(recipe, model, tokenizer, Data(None, rows)))
+    labels = [labels_of(row) for row in rows]
     peak, source = peak_flops()
-    share = ours.tokens_a_second * _flops_a_token(recipe, meta, labels) / peak
+    share = ours.tokens_a_second * flops_a_token(recipe, meta, labels) / peak
     of_peak = f"{share:.1%} of {peak / 1e12:,.2f} TFLOP/s ({source})"
     figure = f"{ours.tokens_a_second:,.0f} tokens/s, {of_peak}, loss {ours.losses[-1]:.2f}"
     finite = len(ours.losses) == STEPS and all(map(math.isfinite, ours.losses))
@@ -110,7 +110,7 @@ def _both_trainers(recipe: Recipe, model: Any, held_before: int) -> Iterator[Lin
     args.padding_free, args.max_length = True, None  # how trl keeps packed rows apart; they are cut already
     packed = rows[:]
     same = datasets.Dataset.from_dict({key: packed[key] for key in ("input_ids", "seq_lengths")} | {"labels": labels})
-    trls = _timed(SFTTrainer(model=model, args=args, train_dataset=same, processing_class=tokenizer))
+    trls = timed(SFTTrainer(model=model, args=args, train_dataset=same, processing_class=tokenizer))
     ratio = ours.tokens_a_second / trls.tokens_a_second
     figure = f"{ratio:.2f} times the {trls.tokens_a_second:,.0f} tokens/s of trl's SFTTrainer (padding-free, sdpa)"
     numbers = {"ratio": ratio, "tokens_a_second": trls.tokens_a_second, "peak_bytes": trls.peak_bytes - held_before}
@@ -127,7 +127,7 @@ def _profile(part: str, steps: "_Steps") -> Line:
     return judged(part, True, figure, shares={**kinds, "between kernels": idle}, longest=longest)
 
 
-def _labels(row: dict[str, Any]) -> list[int]:
+def labels_of(row: dict[str, Any]) -> list[int]:
     return [token if kept else -100 for token, kept in zip(row["input_ids"], row["assistant_mask"], strict=True)]
 
 
@@ -145,16 +145,13 @@ def _memory(recipe: Recipe, meta: Any, peak_bytes: int) -> Line:
     return judged(part, abs(off) <= MEMORY_LIMIT, figure, peak_bytes=peak_bytes, estimate=parts)
 
 
-def _flops_a_token(recipe: Recipe, meta: Any, labels: list[list[int]]) -> float:
-    """What a step must compute for a token, on average.
-
-    Forward, and backward to the inputs: 2 and 2 for each frozen weight, 2 more for the gradient of a LoRA weight. The
-    head works on tokens with a label only. What activation checkpointing computes twice, and attention, is left out.
-    """
-    head = meta.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in meta.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    with_label = sum(label != -100 for row in labels for label in row) / sum(map(len, labels))
-    return 4 * linear + 6 * check.trained_weights(recipe, meta) + 4 * head.weight.numel() * with_label
+def flops_a_token(recipe: Recipe, meta: Any, labels: list[list[int]]) -> float:
+    """What a step must compute for a token, on average. labels: of each row."""
+    linear = sum(part.weight.numel() for part in linear_layers(meta))
+    lora = 0 if recipe.trains_all_weights else check.trained_weights(recipe, meta)
+    supervised = sum(label != -100 for row in labels for label in row) / sum(map(len, labels))
+    weights = Weights(linear, lora, meta.get_output_embeddings().weight.numel())
+    return weights.flops_a_token(supervised, lora=not recipe.trains_all_weights)
 
 
 class _Steps(TrainerCallback):
@@ -189,7 +186,7 @@ class _Steps(TrainerCallback):
         self.tokens.append(kwargs["input_ids"].numel())
 
 
-def _timed(made: Trainer) -> _Steps:
+def timed(made: Trainer) -> _Steps:
     """Trains, and measures it."""
     _free_memory()
     steps = _Steps()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flops import Weights, linear_layers
+
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "data" / "demo"
 
@@ -127,35 +129,16 @@ def make_tiny(model: Path, folder: Path) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Counts of what a step multiplies by: linear layers, LoRA beside all of these (rank 16), the head."""
-
-    linear: int
-    lora: int
-    head: int
-
-    def flops_a_token(self, supervised: float, lora: bool) -> float:
-        """What a step must compute for a token, on average; attention is left out.
-
-        Forward, and backward to the inputs: 2 and 2 for a weight, 2 more for the gradient of one that is trained. The
-        head works on tokens with a label only. supervised: their share.
-        """
-        if lora:
-            return 4 * self.linear + 6 * self.lora + 4 * self.head * supervised
-        return 6 * self.linear + 6 * self.head * supervised
-
-
 def weights_of(model: Path) -> Weights:
+    """With LoRA of rank 16 beside all linear layers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    head = meta.get_output_embeddings()
-    linear = [part for part in meta.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    linear = linear_layers(meta)
     return Weights(
         sum(part.weight.numel() for part in linear),
         sum(16 * (part.in_features + part.out_features) for part in linear),
-        head.weight.numel(),
+        meta.get_output_embeddings().weight.numel(),
     )

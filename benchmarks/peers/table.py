@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.cases import CASES, Weights
+from benchmarks.flops import Weights
+from benchmarks.peers.cases import CASES
 from benchmarks.peers.tools import TOOLS
 
 SAME_LOSS = 0.02

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_checks import speed  # noqa: E402 - the path above comes first
 from sft.data.splits import Data, prepare  # noqa: E402
+from sft.model.allocator import keep_freed_memory  # noqa: E402
 from sft.model.load import load_model, meta_model  # noqa: E402
 from sft.model.lora import add_lora  # noqa: E402
 from sft.model.machine import autocast_dtype  # noqa: E402
@@ -26,6 +27,7 @@ from sft.training.duration import matmul_rate  # noqa: E402
 
 
 def main(recipe_file: str, *overrides: str) -> None:
+    keep_freed_memory()  # as run_sft.py does
     with tempfile.TemporaryDirectory() as scratch:
         recipe = load_recipe(recipe_file, [*overrides, *speed.ALONE, f"output_dir={scratch}"])
         tokenizer, model = load_tokenizer(recipe), add_lora(load_model(recipe), recipe)

@@ -32,8 +32,10 @@ from sft.model.lora import base_of
 NAME = "per_conversation"
 SDPA, SDPA_MASK = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
 
-# Tokens below which sdpa on a CPU is slower in bfloat16 than in float32: 2.4 times at 30 to 100, 1.2 times at 256.
-SHORT = 300
+# On a CPU torch's kernel for bfloat16 takes twice as long as the products of matrices that it stands for, and for all
+# that keeps no scores: up to this many tokens, where they cost little, the products are taken.
+SHORT = 1024
+BLOCK = 256  # queries at a time: what lies ahead of all of them is not computed
 
 # cu_seq_lens_q of the batch that is in the model. A mask function is not told it, and the position ids, of which
 # transformers makes its dense mask, are not told by every model: gpt-oss does not, and its packed rows leak.
@@ -255,9 +257,10 @@ def conversation_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    on_cpu: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function: of a packed row torch's varlen_attn where it can, else sdpa of each conversation.
+    """The attention function: of a packed row torch's varlen_attn where it can, else attention of each conversation.
 
     Args:
         query: (rows, heads, tokens, head_dim); key, value: of as many heads, or of fewer, each for a group of queries.
@@ -265,42 +268,38 @@ def conversation_attention(
         scaling: of the scores; None: 1 / sqrt(head_dim).
         softcap: scores come no higher, by tanh (Gemma 2).
         s_aux: (heads,); a score beside those of the tokens, from which nothing is read (the sinks of gpt-oss).
+        on_cpu: whether it is to compute as on a CPU; None: as where it is.
         kwargs: is_causal, and what sdpa has no use for, as sliding_window: the mask tells it.
     Returns: (rows, tokens, heads, head_dim), and no weights.
     """
-    attend: Callable[..., tuple[torch.Tensor, None]] = _sdpa
+    attend: Callable[..., tuple[torch.Tensor, None]] = SDPA
     options = {"dropout": dropout, "scaling": scaling, **kwargs}
+    query, key, value = _as_autocast(query, key, value)
     if softcap is not None or s_aux is not None:
         attend = _plain_attention
         options |= {"softcap": softcap, "s_aux": s_aux}
+    elif on_cpu is not False and dropout == 0 and _plain_is_faster(module, query, key, attention_mask):
+        attend = _plain_attention
     if not isinstance(attention_mask, Conversations):
         return attend(module, query, key, value, attention_mask, **options)[0], None
-    if attend is _sdpa and dropout == 0:
-        query, key, value = _as_autocast(query, key, value)
-        if _varlen_takes(query, key, value):
-            return _varlen(query, key, value, attention_mask, scaling), None
+    if attend is SDPA and dropout == 0 and _varlen_takes(query, key, value):
+        return _varlen(query, key, value, attention_mask, scaling), None
     options["is_causal"] = True
     apart = zip(*(states.split(attention_mask.lengths, dim=2) for states in (query, key, value)), strict=True)
     parts = [attend(module, q, k, v, attention_mask.band(q.shape[2]), **options)[0] for q, k, v in apart]
     return torch.cat(parts, dim=1), None
 
 
-def _sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """The sdpa of transformers, in float32 where that is faster; arguments and result are those above."""
-    kind, dtype, tokens = query.device.type, query.dtype, query.shape[2]
-    is_short = 1 < tokens < SHORT and (mask is None or mask.dtype is torch.bool)
-    if kind != "cpu" or dtype is not torch.bfloat16 or not is_short:
-        return SDPA(module, query, key, value, mask, **options)
-    with torch.autocast(kind, enabled=False):
-        out, weights = SDPA(module, query.float(), key.float(), value.float(), mask, **options)
-    return out.to(dtype), weights
+def _plain_is_faster(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | Conversations | None
+) -> bool:
+    """Whether the attention is causal and without a cache, on a CPU in bfloat16, and no conversation is too long."""
+    if query.device.type != "cpu" or query.dtype is not torch.bfloat16:
+        return False
+    if isinstance(mask, Conversations):
+        return mask.longest <= SHORT
+    is_causal = mask is None and getattr(module, "is_causal", True)
+    return is_causal and 1 < query.shape[2] == key.shape[2] <= SHORT
 
 
 def _plain_attention(
@@ -311,26 +310,36 @@ def _plain_attention(
     mask: torch.Tensor | None,
     dropout: float,
     scaling: float | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention with a soft cap or sinks, which sdpa lacks; arguments and result are those above."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is None and query.shape[2] > 1:  # a single token, in generation, sees all there is
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
-    weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    """Attention as products of matrices; arguments and result are those above. mask: None: causal."""
+    rows, heads, tokens, width = query.shape
+    groups, seen = key.shape[1:3]
+    query = query * (width**-0.5 if scaling is None else scaling)
+    query = query.view(rows, groups, heads // groups, tokens, width)
+    parts = []
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, tokens, BLOCK):
+            block = query[:, :, :, start : start + BLOCK]
+            length = block.shape[3]
+            last = seen if mask is not None else seen - tokens + start + length
+            scores = block.flatten(2, 3) @ key[:, :, :last].transpose(2, 3)  # (rows, groups, heads x queries, keys)
+            scores = scores.view(rows, groups, -1, length, last)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, :, None, start : start + length], torch.finfo(scores.dtype).min)
+            else:  # added, since the gradient of a sum costs nothing
+                scores = scores + scores.new_full((length, last), -torch.inf).triu(last - length + 1)
+            if s_aux is not None:
+                sinks = s_aux.to(scores.dtype).view(1, groups, -1, 1, 1).expand(*scores.shape[:4], 1)
+                scores = torch.cat([scores, sinks], dim=-1)
+            weights = scores.softmax(-1)[..., :last]
+            weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
+            parts.append((weights.flatten(2, 3) @ value[:, :, :last]).unflatten(2, (-1, length)))
+    return torch.cat(parts, dim=3).flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def _as_autocast(*states: torch.Tensor) -> Iterator[torch.Tensor]:

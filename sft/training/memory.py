@@ -21,12 +21,12 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -39,6 +39,7 @@ from sft.model.source import first_line
 from sft.recipe import Recipe
 from sft.training.attention import conversation_attention
 from sft.training.check import with_lora
+from sft.training.lora_sum import lora_in_one_sum
 from sft.training.parallel import sharding
 from sft.training.triton_probe import why_triton_fails
 
@@ -47,10 +48,12 @@ TILE = (4096, 32768)
 ONE_MOMENT, NO_MOMENT = ("lion", "rmsprop", "adagrad"), ("sgd", "adafactor")
 
 
-# sdpa by is_causal alone: transformers cannot see of fake tensors that they need no mask, and would draw one.
-CAUSAL = "causal_without_mask"
+# By is_causal alone: transformers cannot see of fake tensors that they need no mask, and would draw one.
+CAUSAL, CAUSAL_ON_GPU = "causal_without_mask", "causal_without_mask_on_gpu"
 AttentionInterface.register(CAUSAL, conversation_attention)
-AttentionMaskInterface.register(CAUSAL, lambda **_: None)
+AttentionInterface.register(CAUSAL_ON_GPU, partial(conversation_attention, on_cpu=False))
+for name in (CAUSAL, CAUSAL_ON_GPU):
+    AttentionMaskInterface.register(name, lambda **_: None)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -174,8 +177,8 @@ def _mask_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _without_contents(model: Any) -> Iterator[LiveBytes]:
-    """The model on fake tensors of the CPU; counted is what is made beside its weights."""
+def _without_contents(model: Any, on_cpu: bool) -> Iterator[LiveBytes]:
+    """The model on fake tensors of the CPU; counted is what is made beside its weights. on_cpu: where it will train."""
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the trace of what it also raises
     log.disabled = True
     try:
@@ -183,7 +186,7 @@ def _without_contents(model: Any) -> Iterator[LiveBytes]:
             model.to_empty(device="cpu")
             base_of(model).tie_weights()
             if base_of(model).config._attn_implementation == "sdpa":
-                base_of(model).set_attn_implementation(CAUSAL)
+                base_of(model).set_attn_implementation(CAUSAL if on_cpu else CAUSAL_ON_GPU)
             memory.live = memory.peak = 0
             yield memory
     finally:
@@ -218,14 +221,16 @@ def _step(recipe: Recipe, model: Any, own_loss: bool) -> LiveBytes:
         base_of(model).activation_checkpointing_enable({"use_reentrant": False})
     if not recipe.trains_all_weights:
         model.enable_input_require_grads()
-    with _without_contents(model) as memory:
+    # The lengths of packed conversations are not known: the scores that a CPU keeps of them are left out.
+    with _without_contents(model, own_loss and not recipe.dataset.packing) as memory, lora_in_one_sum(model):
         if int(args.get("gradient_accumulation_steps", 1)) > 1:  # a batch finds the gradients of the one before
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             keep = _keep(model, max(1, length // 2) if own_loss else 1)
             logits = model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False, **keep).logits
-        loss = cross_entropy(logits.float().flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
+        # Like our loss it keeps the logits, and makes a gradient of their size.
+        loss = (logits * logits.detach()).sum()
         if not own_loss:
             torch.empty(_fused_loss_bytes(model, rows * length // 2, autocast), dtype=torch.uint8)
         del logits
@@ -255,7 +260,7 @@ def scoring_bytes(recipe: Recipe, model: PreTrainedModel, longest: int) -> int:
         weights = 2 * sum(p.nbytes for p in trained_model.parameters())
     length = longest + int(options.generation.get("max_new_tokens", 0))
     trained_model.eval()
-    with _without_contents(trained_model) as memory, torch.no_grad():
+    with _without_contents(trained_model, on_cpu=False) as memory, torch.no_grad():
         ids = torch.zeros(options.batch_size, length, dtype=torch.long)
         trained_model(input_ids=ids, use_cache=True, **_keep(trained_model, 1))
         return weights + memory.peak + _unpacked_bytes(recipe, model)

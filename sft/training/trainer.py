@@ -3,7 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from torch.nn.functional import cross_entropy
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -30,6 +29,8 @@ from sft.training import parallel
 from sft.training.arguments import training_config
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
 from sft.training.checkpoints import CheckpointTrainer
+from sft.training.lora_sum import lora_in_one_sum
+from sft.training.loss import summed_cross_entropy
 from sft.training.progress import TrainingLine
 from sft.training.resume import checkpoints, is_whole
 from sft.training.stop import GivenUp, RandomStates
@@ -106,7 +107,7 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
         supervised = (labels != -100).any(dim=0).nonzero().squeeze(1)  # positions that predict a label in some row
         outputs = model(**inputs, use_cache=False, logits_to_keep=supervised)
         labels = labels[:, supervised]
-        loss = cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        loss = summed_cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -213,13 +214,20 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains. A step or a validation that a signal has cut short leaves the checkpoint of the step before it."""
-        with attention_per_conversation(self.model), self._line:
+        with self._computing(), self._line:
             try:
                 return super().train(*args, **kwargs)
             except GivenUp:
                 if self.state.global_step and not processes.decide(lambda: is_whole(self.checkpoint)):
                     self._save_checkpoint(self.model, trial=None)
                 return None
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The model computes in our ways while it is open."""
+        own_lora = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        with attention_per_conversation(self.model), lora_in_one_sum(self.model) if own_lora else nullcontext():
+            yield
 
     def take_up(self, checkpoint: Path) -> None:
         """The same, where a signal cuts short a validation that is still to be made."""
@@ -233,7 +241,7 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
         """
         before = RandomStates()
         try:
-            with attention_per_conversation(self.model):
+            with self._computing():
                 return super().evaluate(*args, **kwargs)
         finally:
             before.restore()

@@ -187,16 +187,45 @@ def test_padding_of_a_packed_batch_changes_nothing():
     assert (padded[:, :31] - bare).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("tokens, dtype", [(40, torch.float32), (299, torch.float32), (300, torch.bfloat16)])
-def test_short_conversations_in_bfloat16_on_a_cpu_are_attended_to_in_float32(tokens, dtype):
+def states_and_gradients(attend, tokens, dtype=torch.bfloat16, seen=None):
+    """Output of an attention and the gradients of query, key and value, of the same numbers in every dtype."""
     torch.manual_seed(0)
+    shapes = [(1, heads, length, 16) for heads, length in ((4, tokens), (2, seen or tokens), (2, seen or tokens))]
+    states = [torch.randn(shape).bfloat16().to(dtype).requires_grad_() for shape in shapes]
     module = LlamaForCausalLM(LlamaConfig(**TINY)).model.layers[0].self_attn
-    query, key, value = (torch.randn(1, heads, tokens, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = attention.conversation_attention(module, query, key, value, None, is_causal=True)[0]
-    states = (states.to(dtype) for states in (query, key, value))
-    expected = attention.SDPA(module, *states, None, is_causal=True)[0].to(torch.bfloat16)
-    assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
+    out = attend(module, *states, None)[0]
+    return [found.float() for found in (out, *torch.autograd.grad(out.float().square().sum(), states))]
+
+
+@pytest.mark.parametrize("tokens", [2, 40, 256, 257, 700, 1024])
+def test_in_bfloat16_on_a_cpu_attention_is_products_of_matrices_exact_to_a_rounding(tokens):
+    exact = states_and_gradients(attention.SDPA, tokens, torch.float32)
+    sdpa = states_and_gradients(attention.SDPA, tokens)
+    plain = states_and_gradients(attention.conversation_attention, tokens)
+    assert tokens == 2 or not torch.equal(plain[0], sdpa[0]), "it is another way of computing"
+    for ours, theirs, right in zip(plain, sdpa, exact, strict=True):
+        assert (ours - right).norm() <= torch.finfo(torch.bfloat16).eps * right.norm()
+        assert (ours - right).norm() <= 3 * (theirs - right).norm()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seen", "dtype"),
+    [(1025, None, torch.bfloat16), (1, 40, torch.bfloat16), (5, 40, torch.bfloat16), (40, None, torch.float32)],
+)
+def test_long_conversations_a_cache_and_float32_are_left_to_sdpa(tokens, seen, dtype):
+    found = states_and_gradients(attention.conversation_attention, tokens, dtype, seen)
+    assert all(map(torch.equal, found, states_and_gradients(attention.SDPA, tokens, dtype, seen)))
+
+
+def test_a_model_that_looks_ahead_is_left_to_sdpa():
+    def looking_ahead(attend):
+        def attend_ahead(module, *args):
+            module.is_causal = False
+            return attend(module, *args)
+
+        return states_and_gradients(attend_ahead, 40)
+
+    assert all(map(torch.equal, looking_ahead(attention.conversation_attention), looking_ahead(attention.SDPA)))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2, window and soft cap"])

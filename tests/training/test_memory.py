@@ -166,7 +166,7 @@ def test_a_step_is_estimated_as_the_trainer_makes_it(tmp_path, kind, changes):
     counted = Counted()
     make_trainer(recipe, add_lora(load_model(recipe), recipe), tokenizer, data, [counted]).train()
     parts = estimate_memory(recipe, meta_model(recipe), own_loss=True)
-    assert parts["activations and logits"] + parts["gradients"] == pytest.approx(counted.peak, rel=0.06)
+    assert parts["activations and logits"] + parts["gradients"] == pytest.approx(counted.peak, rel=0.07)
 
 
 def test_memory_of_chatglm3_6b_in_16_bit_is_about_what_its_vendor_measured(tmp_path):
@@ -209,8 +209,8 @@ def test_the_loss_of_a_gpu_takes_a_tile_of_logits_and_float32_gradients(tmp_path
     tile = (3000 + 8) * 10_000 * 2 + 3000 * 8 * 4 + 10_000 * 8 * 4
     assert tile < made < tile * 1.05
     own = estimate_memory(recipe, meta_model(recipe), own_loss=True)["activations and logits"]
-    # Logits in bfloat16 and float32, gradients in float32 and bfloat16.
-    assert 3000 * 10_000 * 12 < own < 3000 * 10_000 * 12 * 1.05
+    # Logits and their gradients in bfloat16.
+    assert 3000 * 10_000 * 4 < own < 3000 * 10_000 * 4 * 1.05
 
 
 def test_several_processes_hold_the_gradients_once_more_unless_they_share_them(tmp_path, monkeypatch):

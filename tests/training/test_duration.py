@@ -24,8 +24,8 @@ def test_flops_are_forward_backward_and_what_is_done_again(tmp_path, checkpointi
     recipe = recipe_of("qwen_qlora", tmp_path, *FULL, *sizes, f"training_args.activation_checkpointing={checkpointing}")
     flops, tokens = training_step(recipe, meta_model(recipe), own_loss=True).flops, batch_tokens(recipe)
     assert tokens == 192
-    # The head: of half the tokens, never done again; nor is what only a layer's output needs. Attention is 2 % more.
-    assert flops == pytest.approx(2 * 192 * (3 * LAYERS + done_again) + 2 * 96 * 3 * HEAD, rel=0.03)
+    # The head: of half the tokens, never done again; nor is what only a layer's output needs. Attention is 5 % more.
+    assert flops == pytest.approx(2 * 192 * (3 * LAYERS + done_again) + 2 * 96 * 3 * HEAD, rel=0.06)
 
 
 def test_tokens_of_a_run_are_those_of_its_epochs_or_of_its_steps(tiny_qwen, tmp_path):

@@ -6,7 +6,8 @@ Draws benchmarks/growth.png and prints the tables. The dialogues are those of be
 a seed. A measurement is a process of its own; its memory is what only it holds, at most, less what it held before the
 first row, without pages of files that are mapped. A step is one row of chats of 128 tokens, or of one chat of the whole
 length, through the model in MODEL_FOLDER with LoRA and activation checkpointing, by this repository's trainer and by
-trl's own on the same rows (padding-free, sdpa); the faster of two, after one that is not timed.
+trl's own on the same rows (padding-free, sdpa), on rows of --trls-longest (2,048) tokens at most; the faster of two,
+after one that is not timed.
 """
 
 import argparse
@@ -95,6 +96,7 @@ def step(folder: str, length: str, chat: str, whose: str) -> Figures:
 
     from benchmarks.gpu_checks import speed
     from sft.data.splits import Data
+    from sft.model.allocator import keep_freed_memory
     from sft.model.load import load_model
     from sft.model.lora import add_lora
     from sft.model.tokenizer import load_tokenizer
@@ -112,6 +114,7 @@ def step(folder: str, length: str, chat: str, whose: str) -> Figures:
         ids = torch.randint(3, 1000, (STEPS, int(length)), generator=torch.Generator().manual_seed(0)).tolist()
         row: dict[str, Any] = {"input_ids": ids, "seq_lengths": [[int(chat)] * (int(length) // int(chat))] * STEPS}
         if whose == "ours":
+            keep_freed_memory()  # as run_sft.py does
             rows = datasets.Dataset.from_dict({**row, "assistant_mask": [[1] * int(length)] * STEPS})
             made = trainer.make_trainer(recipe, model, tokenizer, Data(None, rows))
         else:
@@ -154,19 +157,21 @@ WAYS = {
 }
 
 
-def of_lengths(folder: str, lengths: list[int]) -> dict[str, list[float]]:
-    """Milliseconds a token, by the way and the length."""
+def of_lengths(folder: str, lengths: list[int], trls_longest: int) -> dict[str, list[float]]:
+    """Milliseconds a token, by the way and the length; fewer where trl's trainer is not run on the longest."""
     found: dict[str, list[float]] = {}
     for name, (kind, whose) in WAYS.items():
-        chats = [CHAT if kind == "chat" else length for length in lengths]
-        both = zip(lengths, chats, strict=True)
-        found[name] = [
-            measure("step", folder, str(length), str(chat), whose)["seconds"] / length * 1e3 for length, chat in both
-        ]
+        found[name] = []
+        for length in lengths:
+            if whose == "ours" or length <= trls_longest:
+                chat = CHAT if kind == "chat" else length
+                seconds = measure("step", folder, str(length), str(chat), whose)["seconds"]
+                found[name].append(seconds / length * 1e3)
     print("\n| milliseconds a token | " + " | ".join(f"{length:,} a row" for length in lengths) + " |")
     print("|---" * (len(lengths) + 1) + "|")
     for name, values in found.items():
-        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+        cells = [f"{value:.2f}" for value in values] + [""] * (len(lengths) - len(values))
+        print(f"| {name} | " + " | ".join(cells) + " |")
     return found
 
 
@@ -184,7 +189,7 @@ def draw(rows: dict[int, Figures], lengths: list[int], steps: dict[str, list[flo
         middle.semilogx(list(rows), [figures[key] / 1e6 for figures in rows.values()], "o-", label=label)
     middle.set(xlabel="rows", ylabel="MB", title="memory, mapped files left out", ylim=(0, None))
     for name, values in steps.items():
-        right.semilogx(lengths, values, "o-", base=2, label=name)
+        right.semilogx(lengths[: len(values)], values, "o-", base=2, label=name)
     right.set(xlabel="tokens a row", ylabel="milliseconds a token", title="a training step", ylim=(0, None))
     for axes in (left, middle, right):
         axes.legend(frameon=False)
@@ -197,6 +202,7 @@ def main() -> None:
     parser.add_argument("model_folder", nargs="?")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--trls-longest", type=int, default=2048, metavar="TOKENS")
     parser.add_argument("--picture", type=Path, default=ROOT / "benchmarks/growth.png")
     parser.add_argument("--only", nargs="+", metavar="MEASURE", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -204,7 +210,8 @@ def main() -> None:
         name, *arguments = options.only
         print(json.dumps(MEASURES[name](*arguments)))
         return
-    rows, steps = of_rows(options.model_folder, options.rows), of_lengths(options.model_folder, options.lengths)
+    rows = of_rows(options.model_folder, options.rows)
+    steps = of_lengths(options.model_folder, options.lengths, options.trls_longest)
     draw(rows, options.lengths, steps, options.picture)
 
 

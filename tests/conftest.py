@@ -17,6 +17,27 @@ def pytest_xdist_auto_num_workers():
     return max(1, min(4, cpus, int(psutil.virtual_memory().total / WORKER_BYTES)))
 
 
+# Files of tests that take minutes, the longest first: begun last, they would keep one worker at work and no other.
+LONGEST = (
+    "training/test_processes",
+    "test_run",
+    "test_gpu_check",
+    "recipe/test_shipped_recipes",
+    "test_machine_faults",
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order has the files of few tests, and so the longest, last
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((at for at, name in enumerate(LONGEST) if f"tests/{name}.py" in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """What the imports make stays to the end; looking for garbage in it takes a fifth of their time, and more later."""

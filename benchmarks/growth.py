@@ -211,6 +211,7 @@ def main() -> None:
         print(json.dumps(MEASURES[name](*arguments)))
         return
     rows = of_rows(options.model_folder, options.rows)
+    options.lengths.sort()
     steps = of_lengths(options.model_folder, options.lengths, options.trls_longest)
     draw(rows, options.lengths, steps, options.picture)
 

@@ -32,8 +32,8 @@ from sft.model.lora import base_of
 NAME = "per_conversation"
 SDPA, SDPA_MASK = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
 
-# On a CPU torch's kernel for bfloat16 takes twice as long as the products of matrices that it stands for, and for all
-# that keeps no scores: up to this many tokens, where they cost little, the products are taken.
+# On a CPU torch's kernel for bfloat16 takes twice as long as plain products of matrices. These keep the weights of all
+# pairs of tokens for the backward pass, as the kernel does not, and so are taken up to this many tokens only.
 SHORT = 1024
 BLOCK = 256  # queries at a time: what lies ahead of all of them is not computed
 
@@ -257,7 +257,7 @@ def conversation_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    on_cpu: bool | None = None,
+    products: bool = True,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: of a packed row torch's varlen_attn where it can, else attention of each conversation.
@@ -268,38 +268,45 @@ def conversation_attention(
         scaling: of the scores; None: 1 / sqrt(head_dim).
         softcap: scores come no higher, by tanh (Gemma 2).
         s_aux: (heads,); a score beside those of the tokens, from which nothing is read (the sinks of gpt-oss).
-        on_cpu: whether it is to compute as on a CPU; None: as where it is.
+        products: False: never as plain products of matrices because these are faster.
         kwargs: is_causal, and what sdpa has no use for, as sliding_window: the mask tells it.
     Returns: (rows, tokens, heads, head_dim), and no weights.
     """
-    attend: Callable[..., tuple[torch.Tensor, None]] = SDPA
     options = {"dropout": dropout, "scaling": scaling, **kwargs}
     query, key, value = _as_autocast(query, key, value)
-    if softcap is not None or s_aux is not None:
-        attend = _plain_attention
+    must_be_plain = softcap is not None or s_aux is not None
+    if must_be_plain:
         options |= {"softcap": softcap, "s_aux": s_aux}
-    elif on_cpu is not False and dropout == 0 and _plain_is_faster(module, query, key, attention_mask):
-        attend = _plain_attention
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        is_plain = must_be_plain or products and dropout == 0 and _plain_is_faster(module, q, k, mask, **options)
+        attention: Callable[..., tuple[torch.Tensor, None]] = _plain_attention if is_plain else SDPA
+        return attention(module, q, k, v, mask, **options)[0]
+
     if not isinstance(attention_mask, Conversations):
-        return attend(module, query, key, value, attention_mask, **options)[0], None
-    if attend is SDPA and dropout == 0 and _varlen_takes(query, key, value):
+        return attend(query, key, value, attention_mask), None
+    if not must_be_plain and dropout == 0 and _varlen_takes(query, key, value):
         return _varlen(query, key, value, attention_mask, scaling), None
     options["is_causal"] = True
     apart = zip(*(states.split(attention_mask.lengths, dim=2) for states in (query, key, value)), strict=True)
-    parts = [attend(module, q, k, v, attention_mask.band(q.shape[2]), **options)[0] for q, k, v in apart]
-    return torch.cat(parts, dim=1), None
+    return torch.cat([attend(q, k, v, attention_mask.band(q.shape[2])) for q, k, v in apart], dim=1), None
 
 
 def _plain_is_faster(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | Conversations | None
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool | None = None,
+    **_: Any,
 ) -> bool:
-    """Whether the attention is causal and without a cache, on a CPU in bfloat16, and no conversation is too long."""
-    if query.device.type != "cpu" or query.dtype is not torch.bfloat16:
+    """On a CPU in bfloat16, without a cache: where attention is causal, or a short row has a mask of its own."""
+    tokens = query.shape[2]
+    if query.device.type != "cpu" or query.dtype is not torch.bfloat16 or tokens == 1 or tokens != key.shape[2]:
         return False
-    if isinstance(mask, Conversations):
-        return mask.longest <= SHORT
-    is_causal = mask is None and getattr(module, "is_causal", True)
-    return is_causal and 1 < query.shape[2] == key.shape[2] <= SHORT
+    if mask is not None:
+        return mask.dtype is torch.bool and tokens <= BLOCK
+    return tokens <= SHORT and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _plain_attention(
@@ -314,7 +321,7 @@ def _plain_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as products of matrices; arguments and result are those above. mask: None: causal."""
+    """Attention as products of matrices; arguments and result are those above. mask: bool; None: causal."""
     rows, heads, tokens, width = query.shape
     groups, seen = key.shape[1:3]
     query = query * (width**-0.5 if scaling is None else scaling)
@@ -324,7 +331,8 @@ def _plain_attention(
         for start in range(0, tokens, BLOCK):
             block = query[:, :, :, start : start + BLOCK]
             length = block.shape[3]
-            last = seen if mask is not None else seen - tokens + start + length
+            # Without a mask a single token sees the cache, and more see no key after themselves: an empty cache's.
+            last = start + length if mask is None and tokens > 1 else seen
             scores = block.flatten(2, 3) @ key[:, :, :last].transpose(2, 3)  # (rows, groups, heads x queries, keys)
             scores = scores.view(rows, groups, -1, length, last)
             if softcap is not None:

@@ -19,8 +19,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
+from torch.autograd.function import once_differentiable
 
-LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")  # of peft.tuners.lora; bitsandbytes' exist only where it is
+LAYERS = (
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+)  # of peft.tuners.lora; bitsandbytes' two are there where it is installed
 
 
 class _Sum(torch.autograd.Function):
@@ -28,21 +33,20 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, base: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """base: (..., out) and x: (..., in), of the dtype to compute in; a: (r, in) and b: (out, r), as they train."""
-        x = x.flatten(0, -2)
+        """base: (tokens, out) and x: (tokens, in), of the dtype to compute in; a: (r, in) and b: (out, r)."""
         low = x @ a.T.to(x.dtype)
         ctx.save_for_backward(x, low, a, b)
         ctx.scaling = scaling
-        return torch.addmm(base.flatten(0, -2), low, b.T.to(x.dtype), alpha=scaling).view_as(base)
+        return torch.addmm(base, low, b.T.to(x.dtype), alpha=scaling)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, low, a, b = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        of_low = flat @ (b * ctx.scaling).to(x.dtype)
-        of_x = (of_low @ a.to(x.dtype)).unflatten(0, grad.shape[:-1]) if ctx.needs_input_grad[1] else None
+        of_low = grad @ (b * ctx.scaling).to(x.dtype)
+        of_x = of_low @ a.to(x.dtype) if ctx.needs_input_grad[1] else None
         of_a = (of_low.T @ x).to(a.dtype)
-        of_b = (flat.T @ low).to(b.dtype) * ctx.scaling
+        of_b = (grad.T @ (low * ctx.scaling)).to(b.dtype)
         return grad, of_x, of_a, of_b, None
 
 
@@ -53,10 +57,15 @@ class _SumVariant(LoraVariant):
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        else:
+            dtype = torch.promote_types(a.dtype, result.dtype)
         x = module.lora_dropout[active_adapter](x.to(dtype))
-        with torch.autocast(device, enabled=False):
-            return _Sum.apply(result.to(dtype), x, a, b, module.scaling[active_adapter]).to(result.dtype)
+        # Shapes are changed out here: a model may write into a layer's output (OLMo clamps it), but not into a view
+        # that an autograd function made.
+        flat = _Sum.apply(result.to(dtype).flatten(0, -2), x.flatten(0, -2), a, b, module.scaling[active_adapter])
+        return flat.view_as(result).to(result.dtype)
 
 
 @contextmanager
@@ -68,18 +77,18 @@ def lora_in_one_sum(model: Any) -> Iterator[int]:
     Yields: how many layers do.
     """
     plain = [
-        (layer, name)
+        layer
         for layer in model.modules()
         if isinstance(layer, LoraLayer) and type(layer).__name__ in LAYERS
-        for name in layer.lora_A
-        if name not in layer.lora_variant and not layer.lora_bias[name]
+        if not layer.lora_variant and not any(layer.lora_bias.values())
     ]
-    for layer, name in plain:
-        layer.lora_variant[name] = _SumVariant()
+    before = [layer.cast_input_dtype_enabled for layer in plain]
+    for layer in plain:
+        layer.lora_variant.update(dict.fromkeys(layer.lora_A, _SumVariant()))
         layer.cast_input_dtype_enabled = False  # of the input, to LoRA's float32
     try:
         yield len(plain)
     finally:
-        for layer, name in plain:
-            del layer.lora_variant[name]
-            layer.cast_input_dtype_enabled = True
+        for layer, cast in zip(plain, before, strict=True):
+            layer.lora_variant.clear()
+            layer.cast_input_dtype_enabled = cast

@@ -34,12 +34,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from sft import processes
 from sft.model.lora import base_of, takes_logits_to_keep
-from sft.model.machine import autocast_dtype, default_dtype
+from sft.model.machine import autocast_dtype, default_dtype, use_cpu
 from sft.model.source import first_line
 from sft.recipe import Recipe
 from sft.training.attention import conversation_attention
 from sft.training.check import with_lora
 from sft.training.lora_sum import lora_in_one_sum
+from sft.training.loss import entries_at_a_time
 from sft.training.parallel import sharding
 from sft.training.triton_probe import why_triton_fails
 
@@ -49,11 +50,11 @@ ONE_MOMENT, NO_MOMENT = ("lion", "rmsprop", "adagrad"), ("sgd", "adafactor")
 
 
 # By is_causal alone: transformers cannot see of fake tensors that they need no mask, and would draw one.
-CAUSAL, CAUSAL_ON_GPU = "causal_without_mask", "causal_without_mask_on_gpu"
+CAUSAL, WITHOUT_PRODUCTS = "causal_without_mask", "causal_without_mask_and_products"
 AttentionInterface.register(CAUSAL, conversation_attention)
-AttentionInterface.register(CAUSAL_ON_GPU, partial(conversation_attention, on_cpu=False))
-for name in (CAUSAL, CAUSAL_ON_GPU):
-    AttentionMaskInterface.register(name, lambda **_: None)
+AttentionInterface.register(WITHOUT_PRODUCTS, partial(conversation_attention, products=False))
+AttentionMaskInterface.register(CAUSAL, lambda **_: None)
+AttentionMaskInterface.register(WITHOUT_PRODUCTS, lambda **_: None)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -177,8 +178,11 @@ def _mask_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _without_contents(model: Any, on_cpu: bool) -> Iterator[LiveBytes]:
-    """The model on fake tensors of the CPU; counted is what is made beside its weights. on_cpu: where it will train."""
+def _without_contents(model: Any, products: bool) -> Iterator[LiveBytes]:
+    """The model on fake tensors of the CPU; counted is what is made beside its weights.
+
+    products: whether attention may be products of matrices (sft/training/attention.py).
+    """
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the trace of what it also raises
     log.disabled = True
     try:
@@ -186,7 +190,7 @@ def _without_contents(model: Any, on_cpu: bool) -> Iterator[LiveBytes]:
             model.to_empty(device="cpu")
             base_of(model).tie_weights()
             if base_of(model).config._attn_implementation == "sdpa":
-                base_of(model).set_attn_implementation(CAUSAL if on_cpu else CAUSAL_ON_GPU)
+                base_of(model).set_attn_implementation(CAUSAL if products else WITHOUT_PRODUCTS)
             memory.live = memory.peak = 0
             yield memory
     finally:
@@ -221,8 +225,9 @@ def _step(recipe: Recipe, model: Any, own_loss: bool) -> LiveBytes:
         base_of(model).activation_checkpointing_enable({"use_reentrant": False})
     if not recipe.trains_all_weights:
         model.enable_input_require_grads()
-    # The lengths of packed conversations are not known: the scores that a CPU keeps of them are left out.
-    with _without_contents(model, own_loss and not recipe.dataset.packing) as memory, lora_in_one_sum(model):
+    # The lengths of packed conversations are not known: the weights that a CPU keeps of their attention are left out.
+    products = own_loss and use_cpu(recipe) and not recipe.dataset.packing
+    with _without_contents(model, products) as memory, lora_in_one_sum(model):
         if int(args.get("gradient_accumulation_steps", 1)) > 1:  # a batch finds the gradients of the one before
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -231,7 +236,9 @@ def _step(recipe: Recipe, model: Any, own_loss: bool) -> LiveBytes:
             logits = model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False, **keep).logits
         # Like our loss it keeps the logits, and makes a gradient of their size.
         loss = (logits * logits.detach()).sum()
-        if not own_loss:
+        if own_loss:
+            part = torch.empty(min(logits.numel(), entries_at_a_time(use_cpu(recipe))))  # noqa: F841 - it is counted
+        else:
             torch.empty(_fused_loss_bytes(model, rows * length // 2, autocast), dtype=torch.uint8)
         del logits
         loss.backward()
@@ -260,7 +267,7 @@ def scoring_bytes(recipe: Recipe, model: PreTrainedModel, longest: int) -> int:
         weights = 2 * sum(p.nbytes for p in trained_model.parameters())
     length = longest + int(options.generation.get("max_new_tokens", 0))
     trained_model.eval()
-    with _without_contents(trained_model, on_cpu=False) as memory, torch.no_grad():
+    with _without_contents(trained_model, products=False) as memory, torch.no_grad():
         ids = torch.zeros(options.batch_size, length, dtype=torch.long)
         trained_model(input_ids=ids, use_cache=True, **_keep(trained_model, 1))
         return weights + memory.peak + _unpacked_bytes(recipe, model)

@@ -105,7 +105,8 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")[:, 1:]
         supervised = (labels != -100).any(dim=0).nonzero().squeeze(1)  # positions that predict a label in some row
-        outputs = model(**inputs, use_cache=False, logits_to_keep=supervised)
+        with self._logits_as_computed():
+            outputs = model(**inputs, use_cache=False, logits_to_keep=supervised)
         labels = labels[:, supervised]
         loss = summed_cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
@@ -113,6 +114,21 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages what num_items_in_batch has summed
         return loss
+
+    @contextmanager
+    def _logits_as_computed(self) -> Iterator[None]:
+        """Under autocast, without the float32 copy that accelerate makes of what a model gives."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        copying, own = (vars(model).get(name) for name in ("forward", "_original_forward"))
+        if own is None:
+            yield
+            return
+        model.forward = own
+        try:
+            with self.accelerator.autocast():
+                yield
+        finally:
+            model.forward = copying
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(map(self._counted, epoch_iterator), num_batches, device)

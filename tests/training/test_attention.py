@@ -217,15 +217,53 @@ def test_long_conversations_a_cache_and_float32_are_left_to_sdpa(tokens, seen, d
     assert all(map(torch.equal, found, states_and_gradients(attention.SDPA, tokens, dtype, seen)))
 
 
-def test_a_model_that_looks_ahead_is_left_to_sdpa():
+@pytest.mark.parametrize("said_by", ["module", "argument"])
+def test_a_model_that_looks_ahead_is_left_to_sdpa(said_by):
     def looking_ahead(attend):
         def attend_ahead(module, *args):
-            module.is_causal = False
-            return attend(module, *args)
+            module.is_causal = said_by != "module"
+            return attend(module, *args, **({} if said_by == "module" else {"is_causal": False}))
 
         return states_and_gradients(attend_ahead, 40)
 
     assert all(map(torch.equal, looking_ahead(attention.conversation_attention), looking_ahead(attention.SDPA)))
+
+
+def test_each_conversation_is_attended_to_in_the_way_that_is_faster_for_it(monkeypatch):
+    lengths = []
+    plain = attention._plain_attention
+    monkeypatch.setattr(attention, "_plain_attention", lambda *a, **k: lengths.append(a[1].shape[2]) or plain(*a, **k))
+    packed_row = attention.Conversations([40, 1025, 1, 700], None, "cpu")
+    states_and_gradients(lambda module, q, k, v, _: attention.conversation_attention(module, q, k, v, packed_row), 1766)
+    assert lengths == [40, 700]
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"s_aux": torch.tensor([0.1, 2.0, -1.0, 0.5])}, {}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_queries_change_nothing(options, masked, monkeypatch):
+    torch.manual_seed(0)
+    module = LlamaForCausalLM(LlamaConfig(**TINY)).model.layers[0].self_attn
+    shapes = [(2, 4, 20, 16), (2, 2, 20, 16), (2, 2, 20, 24)]  # values may have a width of their own
+    states = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    mask = (torch.rand(2, 1, 20, 20) > 0.3).tril() | torch.eye(20, dtype=torch.bool) if masked else None
+    found = []
+    for block in (3, 256):
+        monkeypatch.setattr(attention, "BLOCK", block)
+        out = attention._plain_attention(module, *states, mask, 0.0, None, **options)[0]
+        found.append([out, *torch.autograd.grad(out.square().sum(), states)])
+    for few, all_at_once in zip(*found, strict=True):
+        assert torch.allclose(few, all_at_once, atol=1e-5)
+    if not options:
+        expected = attention.SDPA(module, *states, mask, is_causal=mask is None)[0]
+        assert torch.allclose(found[0][0], expected, atol=1e-5)
+
+
+def test_a_soft_cap_over_an_empty_static_cache_sees_no_empty_places():
+    module = LlamaForCausalLM(LlamaConfig(**TINY)).model.layers[0].self_attn
+    query, key, value = (torch.randn(1, heads, tokens, 16) for heads, tokens in ((4, 5), (2, 9), (2, 9)))
+    found = attention.conversation_attention(module, query, key, value, None, softcap=50.0)[0]
+    expected = attention.conversation_attention(module, query, key[:, :, :5], value[:, :, :5], None, softcap=50.0)[0]
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2, window and soft cap"])

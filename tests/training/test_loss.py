@@ -9,10 +9,11 @@ from sft.training.memory import LiveBytes
 
 
 def found(logits, labels, summed):
-    logits = logits.clone().requires_grad_()
-    value = summed(logits, labels) / 7  # so that the gradient that comes in is not 1
+    given = logits.clone().requires_grad_()
+    value = summed(given, labels) / 7  # so that the gradient that comes in is not 1
     value.backward()
-    return value.detach(), logits.grad
+    assert torch.equal(given.detach(), logits) or logits.isnan().any(), "they are not written to"
+    return value.detach(), given.grad
 
 
 def torchs(logits, labels):
@@ -22,7 +23,7 @@ def torchs(logits, labels):
 @pytest.mark.parametrize("entries", [1, 600, 2**20])  # a row at a time, two rows of 257, all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_value_and_gradient_are_those_of_float32_logits(dtype, entries, monkeypatch):
-    monkeypatch.setattr(loss, "ENTRIES", entries)
+    monkeypatch.setattr(loss, "ENTRIES_ON_CPU", entries)
     torch.manual_seed(0)
     logits = (8 * torch.randn(9, 257)).to(dtype)
     labels = torch.randint(257, (9,))
@@ -40,15 +41,17 @@ def test_without_a_label_loss_and_gradient_are_zero():
     assert value == 0 and not gradient.any()
 
 
-def test_logits_that_are_no_numbers_come_out_as_none():
+def test_logits_that_are_no_numbers_count_where_there_is_a_label_and_nowhere_else():
     logits = torch.randn(3, 11)
     logits[1, 2] = torch.nan
     value, gradient = found(logits, torch.tensor([1, 2, 3]), loss.summed_cross_entropy)
     assert value.isnan() and gradient[1].isnan().all() and not gradient[0].isnan().any()
+    value, gradient = found(logits, torch.tensor([1, -100, 3]), loss.summed_cross_entropy)
+    assert value > 0 and not gradient.isnan().any() and not gradient[1].any()
 
 
 def test_beside_logits_of_bfloat16_only_their_gradient_is_kept(monkeypatch):
-    monkeypatch.setattr(loss, "ENTRIES", 1000)
+    monkeypatch.setattr(loss, "ENTRIES_ON_CPU", 1000)
     logits = torch.randn(100, 1000).bfloat16().requires_grad_()
     labels = torch.randint(1000, (100,))
     peaks = []

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -69,6 +70,8 @@ class _Plain:
 
     _is_plain_loss = True
     _takes_trls_loss = CompletionTrainer._takes_trls_loss
+
+    _logits_as_computed = nullcontext
 
     class args:
         average_tokens_across_devices = False
@@ -254,6 +257,35 @@ def test_every_lora_b_trains_in_4_bits_after_an_evaluation(recipe):
     trainer.train()
     untrained = [n for n, p in model.named_parameters() if "lora_B" in n and not p.detach().abs().max() > 0]
     assert not untrained
+
+
+def test_under_autocast_the_loss_gets_bfloat16_logits_and_lora_sums_in_one(recipe, monkeypatch):
+    made = recipe(
+        "training_args.bf16=true",
+        "lora_config={r: 4, target_modules: [q_proj, down_proj]}",
+        "model_init.dtype=bfloat16",
+        "dataset.validation=unused.jsonl",
+    )
+    model, seen = add_lora(load_model(made), made), []
+    summed = trainer_module.summed_cross_entropy
+
+    def seeing(logits, labels):
+        variants = sum(len(getattr(module, "lora_variant", ())) for module in model.modules())
+        seen.append((model.training, logits.dtype, variants))
+        return summed(logits, labels)
+
+    monkeypatch.setattr(trainer_module, "summed_cross_entropy", seeing)
+    trainer = make_trainer(made, model, load_tokenizer(made), Data(None, token_rows(), token_rows()))
+    trainer.train()
+    losses = [trainer.evaluate()["eval_loss"]]
+    layers = 2 * model.config.num_hidden_layers
+    assert set(seen) == {(True, torch.bfloat16, layers), (False, torch.bfloat16, layers)}
+    assert model(**dict(trainer.data_collator([token_rows()[0]])), use_cache=False).logits.dtype is torch.float32, (
+        "afterwards accelerate's copy is made as before"
+    )
+    monkeypatch.setattr(CompletionTrainer, "_takes_trls_loss", lambda *_: True)
+    losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "lowest", "highest"), [("null", 0.99, 1.0), ("bfloat16", 0.2, 0.4)])

@@ -9,7 +9,7 @@ keeps them apart by a mask that is drawn in full, 9 x 9 here, while all that is 
     scores         3 x 3, 2 x 2 and 4 x 4: 29 of the 81
 
 `attention_per_conversation` puts such an attention into a model while it trains. In everything else it is the sdpa of
-transformers: padded batches, generation with a cache, images.
+transformers (padded batches, generation with a cache, images), or on a CPU in bfloat16 what is faster than it.
 
 Flash attention reads cu_seq_lens_q and flex attention the position ids; a model that uses one of them stays as it is.
 """
@@ -17,7 +17,7 @@ Flash attention reads cu_seq_lens_q and flex attention the position ids; a model
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
@@ -107,14 +107,18 @@ def _forget_batch(part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
         _cu_seq_lens.set(None)
 
 
-def leak_of_packed_rows(model: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> str | None:
+def leak_of_packed_rows(
+    model: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], own_attention: bool = True
+) -> str | None:
     """Tries on the model itself, as it will train, whether packed conversations see each other.
 
     The logits of the second of two conversations must not change with the tokens of the first. They do in recurrent
     layers that lack their kernels (Qwen3.5, where transformers says so) or have none for this (Jamba, RecurrentGemma),
     and in Bloom and MPT, whose masks are told no positions.
 
-    Args: collate: makes the batch, as of the rows that will be trained on.
+    Args:
+        collate: makes the batch, as of the rows that will be trained on.
+        own_attention: whether it trains in `attention_per_conversation`.
     Returns: what is wrong; None where they stay apart.
     """
     logits = []
@@ -122,7 +126,8 @@ def leak_of_packed_rows(model: Any, collate: Callable[[list[dict[str, Any]]], di
         batch = collate([{"input_ids": [*first, 11, 12, 13, 14], "assistant_mask": [1] * 8, "seq_lengths": [4, 4]}])
         del batch["labels"]
         try:
-            logits.append(_logits(model, batch)[0, 4:8])
+            with attention_per_conversation(model) if own_attention else nullcontext():
+                logits.append(_logits(model, batch)[0, 4:8])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # transformers refuses it, the class does not know these keys, a kernel does not run
@@ -140,8 +145,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     batch = {key: v.to(model.device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
     model.eval()  # without dropout
     try:
-        with attention_per_conversation(model):
-            return model(**batch, use_cache=False).logits
+        return model(**batch, use_cache=False).logits
     finally:
         model.train(training)
 

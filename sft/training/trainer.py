@@ -241,6 +241,9 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """The model computes in our ways while it is open."""
+        if self.args.torch_compile:  # torch 2.13's compiler fails at the hooks by which the mask is told the batch
+            yield
+            return
         own_lora = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         with attention_per_conversation(self.model), lora_in_one_sum(self.model) if own_lora else nullcontext():
             yield
@@ -329,7 +332,7 @@ def make_trainer(
         # The probe has decided it by a small model (sft/training/packing_probe.py). This is the model that trains: with
         # its adapters, quantised, on several devices, under autocast; and all there is where none could be built small.
         with trainer.accelerator.autocast():
-            leak = leak_of_packed_rows(trainer.model, collate)
+            leak = leak_of_packed_rows(trainer.model, collate, own_attention=not args.torch_compile)
         if leak and recipe.dataset.packing:
             raise recipe.error("dataset.packing", f"{leak}; set dataset.packing: false")
         collate.padding_free = not leak

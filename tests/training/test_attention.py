@@ -499,6 +499,12 @@ def test_eager_gpt_oss_of_the_users_choice_leaks_and_so_does_not_pass(monkeypatc
     assert "see each other" in leak_of_packed_rows(model, collator())
 
 
+def test_gpt_oss_leaks_where_the_own_attention_is_left_out_as_for_a_compiled_model():
+    model = built(MODELS["gpt_oss, window and sinks"])
+    assert leak_of_packed_rows(model, collator()) is None
+    assert leak_of_packed_rows(model, collator(), own_attention=False)
+
+
 def test_class_that_does_not_know_the_keys_of_packed_rows_does_not_pass():
     model = built(MODELS["qwen2"])
     model.forward = lambda input_ids, position_ids, use_cache: None

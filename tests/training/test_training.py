@@ -1,6 +1,7 @@
 """What a training step computes: packing, accumulation, the loss off the GPU, 4-bit weights on a CPU."""
 
 import gc
+import shutil
 import weakref
 from contextlib import nullcontext
 
@@ -286,6 +287,22 @@ def test_under_autocast_the_loss_gets_bfloat16_logits_and_lora_sums_in_one(recip
     monkeypatch.setattr(CompletionTrainer, "_takes_trls_loss", lambda *_: True)
     losses.append(trainer.evaluate()["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_learns_the_same_of_packed_rows(recipe):
+    losses = []
+    for compiles in ("false", "true"):
+        made = recipe(
+            "lora_config={r: 4, target_modules: [q_proj]}", f"training_args.torch_compile={compiles}",
+            "dataset.packing=true", "dataset.validation=unused.jsonl",
+        )  # fmt: skip
+        rows = pack(token_rows(), 64)
+        trainer = make_trainer(made, add_lora(load_model(made), made), load_tokenizer(made), Data(None, rows, rows))
+        trainer.train()
+        losses += [trainer.state.log_history[-1]["train_loss"], trainer.evaluate()["eval_loss"]]
+    torch.compiler.reset()
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-4) and losses[0] > losses[1]
 
 
 @pytest.mark.parametrize(("dtype", "lowest", "highest"), [("null", 0.99, 1.0), ("bfloat16", 0.2, 0.4)])

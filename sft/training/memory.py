@@ -5,15 +5,15 @@ the activations of any architecture, the copies that autocast makes and gradient
 on a GPU does otherwise is computed: quantised weights, trl's fused loss and the optimizer.
 
 Measured on a CPU: what a process held at most in two steps above what it held before (`python benchmarks/memory.py`; 8
-layers, hidden 512, vocabulary 32,000, 4 rows of 512 tokens), beside this estimate and the formula that was here before
-it (bytes a token of each layer by hidden and intermediate size); MB:
+layers, hidden 512, vocabulary 32,000, 4 rows of 512 tokens), beside this estimate, MB; and what the first case and the
+fourth held while the loss had float32 copies of the logits:
 
-    case                                  measured   estimate      formula
-    LoRA, packed                               534   510 -5 %   693 +30 %
-    LoRA, padded                               532   513 -3 %   693 +30 %
-    LoRA, padded, without checkpointing        965   931 -4 %  1088 +13 %
-    LoRA, packed, vocabulary of 151,936       2120  2107 -1 %  2536 +20 %
-    full fine-tuning, packed                   973   956 -2 %  1322 +36 %
+    case                                  measured   estimate   before
+    LoRA, packed                               281   252 -10 %     534
+    LoRA, padded                               291   255 -12 %
+    LoRA, padded, without checkpointing        716   708  -1 %
+    LoRA, packed, vocabulary of 151,936        891   866  -3 %    2120
+    full fine-tuning, packed                   742   784  +6 %
 """
 
 import copy

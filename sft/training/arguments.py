@@ -31,6 +31,16 @@ REPORTERS = {
 }
 
 
+def pads_rows(recipe: Recipe) -> bool:
+    """Whether rows of a batch must lie side by side, padded to the longest, and not one after another.
+
+    NEFTune's noise goes by the length of its row, context parallelism keeps no conversations apart, and batches of a
+    stream are cut by rows for processes.
+    """
+    is_neftune = bool(recipe.training_args.get("neftune_noise_alpha"))
+    return is_neftune or bool(parallel.context_parallel_gpus()) or recipe.dataset.streaming
+
+
 def training_config(recipe: Recipe) -> SFTConfig:
     """The recipe's training_args as SFTConfig, with what this machine and our data path ask for.
 

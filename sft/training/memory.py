@@ -37,6 +37,7 @@ from sft.model.lora import base_of, takes_logits_to_keep
 from sft.model.machine import autocast_dtype, default_dtype, use_cpu
 from sft.model.source import first_line
 from sft.recipe import Recipe
+from sft.training.arguments import pads_rows
 from sft.training.attention import conversation_attention
 from sft.training.check import with_lora
 from sft.training.lora_sum import lora_in_one_sum
@@ -163,11 +164,14 @@ def _moment_bytes(recipe: Recipe, trained: list[torch.nn.Parameter]) -> int:
 
 
 def _mask_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
-    """Of padded rows: a mask of (rows, tokens, tokens), and sdpa's copy in each layer whose activations are kept."""
+    """Of padded rows: a mask of (rows, tokens, tokens), and sdpa's copy in each layer whose activations are kept.
+
+    Left out: models that would let rows see each other, were these not padded, which only a trial of the model tells.
+    """
     args, length = recipe.training_args, recipe.dataset.max_length
     rows = int(args.get("per_device_train_batch_size", 8))
     attention = recipe.model_init.get("attn_implementation", "sdpa")
-    if recipe.dataset.packing or rows == 1 or attention != "sdpa":
+    if recipe.dataset.packing or rows == 1 or attention != "sdpa" or not pads_rows(recipe):
         return 0
     copies = 1 if args.get("activation_checkpointing", True) else model.config.get_text_config().num_hidden_layers
     width = (autocast_dtype(recipe) or model.dtype).itemsize

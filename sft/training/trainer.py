@@ -25,8 +25,7 @@ from sft.files import CHECKSUMS
 from sft.model.lora import require_trainable, takes_logits_to_keep
 from sft.model.lora_init import to_plain_lora
 from sft.recipe import Recipe
-from sft.training import parallel
-from sft.training.arguments import training_config
+from sft.training.arguments import pads_rows, training_config
 from sft.training.attention import attention_per_conversation, leak_of_packed_rows
 from sft.training.checkpoints import CheckpointTrainer
 from sft.training.lora_sum import lora_in_one_sum
@@ -325,10 +324,8 @@ def make_trainer(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    # Rows of a batch are put one after another, so that no padding is computed. NEFTune's noise goes by the length of
-    # its row, context parallelism keeps no conversations apart, and batches of a stream are cut by rows for processes.
-    keeps_rows = args.neftune_noise_alpha or parallel.context_parallel_gpus() or recipe.dataset.streaming
-    if recipe.dataset.packing or (args.per_device_train_batch_size > 1 and not keeps_rows):
+    # Rows of a batch are put one after another, so that no padding is computed.
+    if recipe.dataset.packing or (args.per_device_train_batch_size > 1 and not pads_rows(recipe)):
         # The probe has decided it by a small model (sft/training/packing_probe.py). This is the model that trains: with
         # its adapters, quantised, on several devices, under autocast; and all there is where none could be built small.
         with trainer.accelerator.autocast():

@@ -167,7 +167,7 @@ def test_a_step_is_estimated_as_the_trainer_makes_it(tmp_path, kind, changes):
     counted = Counted()
     make_trainer(recipe, add_lora(load_model(recipe), recipe), tokenizer, data, [counted]).train()
     parts = estimate_memory(recipe, meta_model(recipe), own_loss=True)
-    assert parts["activations and logits"] + parts["gradients"] == pytest.approx(counted.peak, rel=0.07)
+    assert parts["activations and logits"] + parts["gradients"] == pytest.approx(counted.peak, rel=0.06)
 
 
 def test_memory_of_chatglm3_6b_in_16_bit_is_about_what_its_vendor_measured(tmp_path):

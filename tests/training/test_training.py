@@ -285,7 +285,9 @@ def test_under_autocast_the_loss_gets_bfloat16_logits_and_lora_sums_in_one(recip
         "afterwards accelerate's copy is made as before"
     )
     monkeypatch.setattr(CompletionTrainer, "_takes_trls_loss", lambda *_: True)
+    seen.clear()
     losses.append(trainer.evaluate()["eval_loss"])
+    assert not seen, "that one is trl's"
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

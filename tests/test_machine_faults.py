@@ -294,9 +294,9 @@ def test_memory_that_runs_out_is_told_with_the_keys_to_lower(job, tmp_path, stri
 
     if not sys.platform.startswith("linux"):
         pytest.skip("only Linux limits a process's memory")
-    for phase, allocate, keys in (
-        ("step", lambda: torch.ones(2**28), "lower training_args.per_device_train_batch_size"),
-        ("answers", lambda: bytearray(2**30), "lower evaluation.batch_size"),
+    for phase, allocate, keys in (  # terabytes: gigabytes may lie in what earlier tests freed and the process kept
+        ("step", lambda: torch.ones(2**40), "lower training_args.per_device_train_batch_size"),
+        ("answers", lambda: bytearray(2**42), "lower evaluation.batch_size"),
     ):
         try:
             code, said = strike(command(job, tmp_path / "out"), phase, limited(allocate))

@@ -3,8 +3,8 @@
     python benchmarks/growth.py MODEL_FOLDER [--rows 10000 100000 1000000] [--lengths 512 1024 2048 4096 8192]
 
 Draws benchmarks/growth.png and prints the tables. The dialogues are those of benchmarks/preparation.py, made here with
-a seed. A measurement is a process of its own; its memory is what only it holds, at most, less what it held before the
-first row, without pages of files that are mapped. A step is one row of chats of 128 tokens, or of one chat of the whole
+a seed. A measurement is a process of its own; its memory is the most that it holds, less what it held before the first
+row, without pages of mapped files (on Linux). A step is one row of chats of 128 tokens, or of one chat of the whole
 length, through the model in MODEL_FOLDER with LoRA and activation checkpointing, by this repository's trainer and by
 trl's own on the same rows (padding-free, sdpa), on rows of --trls-longest (2,048) tokens at most; the faster of two,
 after one that is not timed.
@@ -33,19 +33,27 @@ Figures = dict[str, float]
 
 
 class Peak:
-    """The most memory that only this process holds while it is open, in bytes, above what it held before."""
+    """The most memory that this process holds while it is open, in bytes, above what it held before.
+
+    On Linux without the pages of mapped files, which the system takes back when it needs them: where a page of one is
+    read it maps those around it too, and a gigabyte of rows looks like half a gigabyte of memory.
+    """
 
     def __enter__(self) -> "Peak":
         self._process, self._is_open = psutil.Process(), True
-        self._before = self.bytes = self._process.memory_full_info().uss
+        self._before = self.bytes = self._held()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
 
     def _watch(self) -> None:
         while self._is_open:
-            self.bytes = max(self.bytes, self._process.memory_full_info().uss)
+            self.bytes = max(self.bytes, self._held())
             time.sleep(0.1)
+
+    def _held(self) -> int:
+        memory: Any = self._process.memory_info()
+        return int(memory.rss - getattr(memory, "shared", 0))
 
     def __exit__(self, *_: object) -> None:
         self._is_open = False

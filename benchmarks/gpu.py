@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,14 +70,14 @@ Message = dict[str, Any]
 # ---------------------------------------------------------------------------------------------- the process beside it
 
 
-def serve(pipe: Connection, log: str, folder: str) -> None:
+def serve(pipe: Connection, log: str, folder: str, modules: Iterable[str]) -> None:
     """Runs the checks that it is told, one after another. What libraries print goes to the log."""
     stream = open(log, "a", encoding="utf-8", buffering=1)  # for the life of the process
     for descriptor in (1, 2):
         os.dup2(stream.fileno(), descriptor)
     import torch
 
-    for module in MODULES:
+    for module in modules:
         importlib.import_module(module)  # before the first check's clock runs: on a virtual machine 20 s
     pipe.send(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     while (entry := pipe.recv()) is not None:
@@ -112,7 +112,7 @@ class Worker:
         """Args: until: on the monotonic clock. Returns: the GPU's name; None: there is none."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, str(self.log), str(self.folder)))
+        self._process = context.Process(target=serve, args=(theirs, str(self.log), str(self.folder), tuple(MODULES)))
         self._process.start()
         theirs.close()
         return self._next(until)

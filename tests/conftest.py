@@ -2,6 +2,7 @@
 
 import gc
 import os
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,11 +20,14 @@ def pytest_xdist_auto_num_workers():
 
 # Files of tests that take minutes, the longest first: begun last, they would keep one worker at work and no other.
 LONGEST = (
-    "training/test_processes",
     "test_run",
+    "training/test_processes",
     "test_gpu_check",
+    "data/test_mask_families",
     "recipe/test_shipped_recipes",
     "test_machine_faults",
+    "training/test_memory",
+    "test_kills",
 )
 
 
@@ -121,6 +125,15 @@ def make_qwen(folder, tokenizer_folder, vocab_size):
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_servers_are_forked():
+    """Each run with a merged model asks a process with plain transformers what a server would make of it."""
+    from sft.results import parity
+    from tests.forked import plain_run
+
+    parity.subprocess = SimpleNamespace(run=plain_run)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,6 +131,7 @@ def test_flops_of_a_token_are_those_counted_by_hand(tmp_path):
 
 
 def test_check_that_raises_or_dies_has_failed_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "MODULES", {})  # these need none
     monkeypatch.setattr(gpu, "ON_CPU_SECONDS", 60)
     names = ["raises", "dies", "passes"]
     table = {name: (f"tests.gpu_faults:{name}", 60) for name in names}
@@ -146,7 +147,8 @@ def test_check_that_raises_or_dies_has_failed_and_the_next_one_runs(tmp_path, mo
     assert "fail      raises" in capsys.readouterr().out
 
 
-def test_check_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+def test_check_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "MODULES", {})
     worker = gpu.Worker(tmp_path)
     worker.start(time.monotonic() + 120)
     [line] = worker.run("tests.gpu_faults:hangs", 3)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import run_sft
+from tests import forked
 from tests.seeds import FLAT_SEED, NESTED_SEED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ DEMO = [
     f"dataset.train=[{ROOT}/data/demo/train.jsonl, {ROOT}/data/demo/train_instruction.jsonl]",
     f"dataset.validation={ROOT}/data/demo/validation.jsonl",
     f"dataset.test={ROOT}/data/demo/test.jsonl",
-    "dataset.max_length=256",
+    "dataset.max_length=640",
     "training_args.logging_steps=1",
     "training_args.per_device_eval_batch_size=8",
     "evaluation.generation.max_new_tokens=4",
@@ -39,8 +40,8 @@ def command(recipe, output, model, *overrides):
 
 
 def run_process(arguments, cache, stdout=subprocess.PIPE):
-    """run_sft.py in a process of its own, as a user starts it."""
-    return subprocess.Popen(
+    """run_sft.py in a process of its own."""
+    return forked.Popen(
         [sys.executable, str(ROOT / "run_sft.py"), *arguments],
         cwd=ROOT,
         env={**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
@@ -207,11 +208,11 @@ LORA = ["quantization_config=null", "training_args.optim=adamw_torch", "training
 LORA += ["model_init.dtype=float32", "dataset.test=null", "export.merge=false", "training_args.eval_on_start=false"]
 
 
-def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(small_qwen, tmp_path):
     recipe = ROOT / "recipes/qwen_qlora.yaml"
     overrides = [*LORA, "training_args.max_steps=12", "training_args.save_steps=1000"]
-    straight = command(recipe, tmp_path / "straight", tiny_qwen, *overrides)
-    stopped = command(recipe, tmp_path / "stopped", tiny_qwen, *overrides)
+    straight = command(recipe, tmp_path / "straight", small_qwen, *overrides)
+    stopped = command(recipe, tmp_path / "stopped", small_qwen, *overrides)
     process = run_process(stopped, tmp_path / "cache")
     seen = ""
     while "  loss " not in seen:
@@ -228,11 +229,11 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_it_never_came(tiny_qwen, t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo-terminals")
-def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path, capfd):
+def test_killed_run_goes_on_from_its_newest_whole_checkpoint(small_qwen, tmp_path, capfd):
     """Begun at a terminal, where it shows one live line; ended in a pipe, where it shows plain ones."""
     recipe = ROOT / "recipes/qwen_qlora.yaml"
     arguments = command(
-        recipe, tmp_path / "out", tiny_qwen, *LORA, "training_args.max_steps=12", "training_args.save_steps=2"
+        recipe, tmp_path / "out", small_qwen, *LORA, "training_args.max_steps=12", "training_args.save_steps=2"
     )
     from tests.terminals import Terminal  # which Windows has none of
 
@@ -260,10 +261,10 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tiny_qwen, tmp_path
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_a_stream_goes_on_where_it_was(tiny_qwen, tmp_path, packing):
+def test_a_stream_goes_on_where_it_was(small_qwen, tmp_path, packing):
     stream = ["dataset.streaming=true", f"dataset.packing={packing}", "dataset.test=null", "export.merge=false"]
     steps = ["training_args.max_steps=6", "training_args.save_steps=4", "training_args.eval_strategy=no"]
-    arguments = command(ROOT / "recipes/qwen_qlora.yaml", tmp_path / "out", tiny_qwen, *LORA, *stream, *steps)
+    arguments = command(ROOT / "recipes/qwen_qlora.yaml", tmp_path / "out", small_qwen, *LORA, *stream, *steps)
     assert run_sft.main(arguments) == 0
     whole = digest(tmp_path / "out/lora_adapter"), losses(tmp_path / "out")
     for left in ("lora_adapter", "checkpoint-6"):
@@ -272,11 +273,11 @@ def test_a_stream_goes_on_where_it_was(tiny_qwen, tmp_path, packing):
     assert (digest(tmp_path / "out/lora_adapter"), losses(tmp_path / "out")) == whole
 
 
-def test_same_recipe_data_and_seed_give_the_same_adapter(tiny_qwen, tmp_path):
+def test_same_recipe_data_and_seed_give_the_same_adapter(small_qwen, tmp_path):
     made = []
     for name in ("one", "two"):
         arguments = command(
-            ROOT / "recipes/qwen_qlora.yaml", tmp_path / name, tiny_qwen, *LORA, "training_args.max_steps=3"
+            ROOT / "recipes/qwen_qlora.yaml", tmp_path / name, small_qwen, *LORA, "training_args.max_steps=3"
         )
         assert run_sft.main(arguments) == 0
         made.append(digest(tmp_path / name / "lora_adapter"))
@@ -285,10 +286,10 @@ def test_same_recipe_data_and_seed_give_the_same_adapter(tiny_qwen, tmp_path):
 
 @pytest.mark.parametrize(("named", "saved"), [("null", torch.bfloat16), ("float32", torch.float32)])
 def test_full_fine_tuning_writes_a_model_in_the_bases_dtype_or_the_named_and_scores_it(
-    tiny_qwen, tmp_path, named, saved
+    small_qwen, tmp_path, named, saved
 ):
-    shutil.copytree(tiny_qwen, tmp_path / "base")
-    AutoModelForCausalLM.from_pretrained(tiny_qwen, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    shutil.copytree(small_qwen, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(small_qwen, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     arguments = command(
         ROOT / "recipes/qwen_qlora.yaml",
         tmp_path / "out",
@@ -311,15 +312,15 @@ def test_full_fine_tuning_writes_a_model_in_the_bases_dtype_or_the_named_and_sco
     assert set(json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))) >= {"base", "tuned"}
 
 
-def test_training_in_8_bit_goes_on_from_an_adapter(tiny_qwen, tmp_path):
+def test_training_in_8_bit_goes_on_from_an_adapter(small_qwen, tmp_path):
     recipe = ROOT / "recipes/qwen_qlora.yaml"
-    first = command(recipe, tmp_path / "first", tiny_qwen, *LORA, "training_args.max_steps=1")
+    first = command(recipe, tmp_path / "first", small_qwen, *LORA, "training_args.max_steps=1")
     assert run_sft.main(first) == 0
     adapter = tmp_path / "first/lora_adapter"
     arguments = command(
         recipe,
         tmp_path / "second",
-        tiny_qwen,
+        small_qwen,
         f"adapter_name_or_path={adapter}",
         "quantization_config={load_in_8bit: true}",
         "training_args.max_steps=1",
@@ -330,7 +331,7 @@ def test_training_in_8_bit_goes_on_from_an_adapter(tiny_qwen, tmp_path):
     assert digest(tmp_path / "second/lora_adapter") != digest(adapter)
 
 
-def test_flat_seed_trains_as_printed(tiny_qwen, tmp_path):
+def test_flat_seed_trains_as_printed(small_qwen, tmp_path):
     recipe = tmp_path / "config.yaml"
     recipe.write_text(FLAT_SEED, encoding="utf-8")
     data = tmp_path / "novel.jsonl"
@@ -338,20 +339,20 @@ def test_flat_seed_trains_as_printed(tiny_qwen, tmp_path):
     data.write_text(
         "".join(json.dumps({**row, "system": f"你是第{i}位小说家"}) + "\n" for i in range(9)), encoding="utf-8"
     )
-    overrides = [f"model_name_or_path={tiny_qwen}", f"dataset_path={data}", f"output_dir={tmp_path / 'out'}"]
+    overrides = [f"model_name_or_path={small_qwen}", f"dataset_path={data}", f"output_dir={tmp_path / 'out'}"]
     assert run_sft.main([str(recipe), *overrides, "training_args.max_steps=1"]) == 0
     assert (tmp_path / "out/lora_adapter/adapter_config.json").is_file()
 
 
-def test_nested_seed_trains_as_printed(tiny_qwen, tmp_path):
+def test_nested_seed_trains_as_printed(small_qwen, tmp_path):
     recipe = tmp_path / "config.yaml"
     recipe.write_text(NESTED_SEED, encoding="utf-8")
     overrides = [
-        f"model.base_model_path={tiny_qwen}",
+        f"model.base_model_path={small_qwen}",
         f"model.output_dir={tmp_path / 'out'}",
         f"dataset.train_path={ROOT}/data/demo/train.jsonl",
         f"dataset.val_path={ROOT}/data/demo/validation.jsonl",
-        "dataset.max_length=256",
+        "dataset.max_length=640",
         "training.max_steps=1",
         "lora.target_modules=[q_proj, v_proj]",
     ]
@@ -371,9 +372,9 @@ def test_check_shows_masks_stop_token_and_memory_and_writes_nothing(tiny_qwen, t
     assert not (tmp_path / "out").exists()
 
 
-def test_two_templates_in_the_recipe_serve_a_model_without_a_chat_template(tiny_qwen, tmp_path, capfd):
+def test_two_templates_in_the_recipe_serve_a_model_without_a_chat_template(small_qwen, tmp_path, capfd):
     bare = tmp_path / "bare"
-    shutil.copytree(tiny_qwen, bare)
+    shutil.copytree(small_qwen, bare)
     (bare / "chat_template.jinja").unlink()
     templates = ['chat.response_template="### Answer:\\n"', 'chat.instruction_template="### Question:\\n"']
     arguments = command(ROOT / "recipes/qwen_qlora.yaml", tmp_path / "out", bare)

@@ -21,6 +21,7 @@ import run_sft
 from sft import processes
 from sft.recipe import load_recipe
 from sft.training import arguments, parallel
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # no run of two processes here takes a tenth of it on two idle CPUs; a hang is a failure
@@ -73,16 +74,17 @@ def one(recipe):
 
 @pytest.fixture(scope="module")
 def two(recipe):
+    """Started as a user does."""
     output = recipe.parent / "two"
-    run_two(recipe, output, HALF)
+    run_two(recipe, output, HALF, popen=subprocess.Popen)
     return output
 
 
-def start_two(recipe, output, *overrides, script=ROOT / "run_sft.py", launcher=TORCHRUN):
+def start_two(recipe, output, *overrides, script=ROOT / "run_sft.py", launcher=TORCHRUN, popen=forked.Popen):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return subprocess.Popen(
+    return popen(
         [sys.executable, "-m", *launcher, port, str(script), str(recipe), f"output_dir={output}", *overrides],
         cwd=ROOT,
         env={
@@ -434,7 +436,8 @@ def test_each_file_of_launch_starts_a_run_that_saves_and_scores(recipe, tmp_path
     file = str(ROOT / f"launch/{name}.yaml")
     launcher = ("accelerate.commands.launch", "--config_file", file, "--main_process_port")
     script = ROOT / "run_sft.py" if name == "ddp" else ON_CPU
-    run_two(recipe, tmp_path / "out", *overrides, script=script, launcher=launcher)
+    popen = subprocess.Popen if name == "ddp" else forked.Popen  # one, as a user starts it
+    run_two(recipe, tmp_path / "out", *overrides, script=script, launcher=launcher, popen=popen)
     assert json.loads((tmp_path / "out/training_config.json").read_text(encoding="utf-8"))["processes"] == 2
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"checkpoint-1", "lora_adapter", "final_model", "scores.json"} <= left

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import io
 import logging
 import signal
 import sys
@@ -46,7 +47,7 @@ def train(recipe: Recipe, check: bool, steps: int = 0) -> int:
             verbs.time_steps(recipe, tokenizer, data, steps)
         return code
     description = run.describe_run(recipe, data.ledger)
-    checkpoint = run.find_checkpoint(recipe, description)
+    checkpoint = run.find_checkpoint(recipe, description, data)
     with run.output(recipe, description, data, meta_model):
         model = run.add_lora(run.load_for_training(recipe), recipe)
         clock.lap("load")
@@ -110,6 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name a recipe, e.g. recipes/smollm2_cpu.yaml (recipes/ holds ready ones)")
     if options.steps < 0 or (options.steps and not options.check):
         parser.error("--steps N times N steps with --check, e.g. --check --steps 3")
+    for stream in (sys.stdout, sys.stderr):  # a page of code, or ASCII, that lacks a character of the data
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with faults.ended_by_the_machine():
         return run_or_tell(options)
 

@@ -18,6 +18,8 @@ from sft.errors import UserError
 from sft.files import MACHINE_ERRORS, write_failure
 
 # Ctrl-C, what a scheduler sends some seconds before SIGKILL, a terminal that was closed; Windows has no SIGHUP.
+# What writing to a pipe says that nobody reads any more; on Windows it is EINVAL.
+NO_READER = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if sys.platform == "win32" else ()))
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -81,7 +83,7 @@ class LastingStream:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
+            if error.errno not in NO_READER:
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

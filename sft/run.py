@@ -27,7 +27,7 @@ from sft.files import write_json, writing
 from sft.model.load import check_quantisation, check_targets, checkpoint_dtype, load_model, load_trained, meta_model
 from sft.model.lora import add_lora
 from sft.model.lora_init import changes_base
-from sft.model.machine import check_machine, peak_memory_bytes, use_cpu
+from sft.model.machine import check_machine, device_name, peak_memory_bytes, use_cpu
 from sft.model.source import find_model
 from sft.model.tokenizer import load_tokenizer
 from sft.plain_text import PlainFormatter
@@ -165,9 +165,9 @@ def report_check(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data,
     return 0
 
 
-def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
+def find_checkpoint(recipe: Recipe, description: dict[str, Any], data: Data) -> Path | None:
     """The checkpoint to go on from, by what the first process sees. Raises: UserError: see sft/training/resume.py."""
-    return processes.decide(lambda: resume.find_checkpoint(recipe, description))
+    return processes.decide(lambda: resume.find_checkpoint(recipe, description, arguments.steps(recipe, data)))
 
 
 @contextmanager
@@ -222,12 +222,11 @@ def train(
 ) -> CompletionTrainer:
     """Trains to the end. Raises: Stopped: a signal came, and a checkpoint was saved."""
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3: all
-    say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else _device_name()}")
+    say(f"training {weights:,} weights on {'the CPU' if use_cpu(recipe) else device_name(recipe)}")
     if torch.cuda.is_available() and not use_cpu(recipe) and (why := why_triton_fails()):
         say(f"the loss is our own, which takes more memory than trl's: Triton wants a C compiler and Python.h ({why})")
     steps = arguments.steps(recipe, data)
-    patience = None if recipe.early_stopping is None else recipe.early_stopping.get("early_stopping_patience", 1)
-    done = checkpoint and processes.decide(lambda: resume.is_finished(checkpoint, steps, patience))
+    done = checkpoint and processes.decide(lambda: resume.is_finished(recipe, checkpoint, steps))
     finished = checkpoint if done else None
     if checkpoint is not None:
         say(f"training is finished: taking up {checkpoint}" if finished else f"going on from {checkpoint}")
@@ -251,10 +250,6 @@ def train(
 
 def _stop(stop: StopAtSignal, recipe: Recipe) -> None:
     raise stop.stopped(recipe.output_dir)
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the GPU"
 
 
 @memory_advice(MERGE_ADVICE)

@@ -63,6 +63,8 @@ def export_again(recipe: Recipe) -> int:
             f"lora_config.{start}", "a loftq adapter is for the 4-bit base, and wrong on the unquantised"
         )
     if not adapter.is_dir():
+        if (recipe.output_dir / "final_model").is_dir():
+            raise recipe.error("output_dir", f"{recipe.output_dir}/final_model is what was trained; nothing is merged")
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
     if not processes.is_first():
         return 0  # merging is work for one
@@ -88,6 +90,8 @@ def time_steps(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Data, c
     total, args = arguments.steps(recipe, data), recipe.training_args
     with tempfile.TemporaryDirectory() as folder:
         off = {"max_steps": count, "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False}
+        if args.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):  # which go by validations
+            off |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
         off |= {"load_best_model_at_end": False, "report_to": "none", "logging_steps": 1}
         short = dataclasses.replace(recipe, output_dir=Path(folder), training_args={**args, **off}, early_stopping=None)
         clock = StepClock()

@@ -258,6 +258,15 @@ def test_a_signal_that_was_ignored_when_the_run_began_stays_ignored(no_signal_un
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_run_that_keeps_weights_alone_keeps_the_optimizer_where_it_is_stopped(job, tmp_path, strike):
+    arguments = command(job, tmp_path / "out", "training_args.save_only_model=true")
+    code, said = strike(arguments, "step", lambda: signal.raise_signal(signal.SIGTERM), nth=5)
+    assert code == 143 and "checkpoint-3 is saved; the same command goes on from there" in said
+    assert not (tmp_path / "out/checkpoint-2/optimizer.pt").exists()
+    assert run_sft.main(arguments) == 0
+    assert same(job, tmp_path / "out") and not (tmp_path / "out/checkpoint-4/optimizer.pt").exists()
+
+
 def test_a_signal_that_a_run_about_to_end_ignores_stays_ignored(no_signal_unhandled):
     with faults.on_signals(faults.interrupt):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as processes.part does before the launcher's SIGTERM

@@ -77,7 +77,7 @@ def trained(model, folder, *overrides, scored=True):
     meta_model = run.check_model(recipe, tokenizer)
     data = run.prepare_data(recipe, tokenizer, "")
     description = run.describe_run(recipe, data.ledger)
-    checkpoint = run.find_checkpoint(recipe, description)
+    checkpoint = run.find_checkpoint(recipe, description, data)
     with run.output(recipe, description, data, meta_model):
         model = run.add_lora(run.load_for_training(recipe), recipe)
         trainer = run.train(recipe, model, tokenizer, data, checkpoint)

@@ -1,6 +1,7 @@
 """What a command imports, which is most of the seconds before its first word."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_help_and_a_wrong_recipe_wait_for_no_library(arguments, code):
     found, _, packages = after(*arguments)
     assert found == code
     assert not packages & {"torch", "transformers", "datasets", "numpy", "pyarrow", "tokenizers", "jinja2"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_the_characters_of_the_data_is_no_error(encoding):
+    command = [sys.executable, "run_sft.py", "recipes/灯塔.yaml"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith(rb"error: recipes/\u706f\u5854.yaml")
+    printed = "import run_sft\nrun_sft.main(['recipes/none.yaml'])\nprint('灯塔')"
+    done = subprocess.run([sys.executable, "-c", printed], cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.stdout.rstrip().endswith(rb"\u706f\u5854")
 
 
 def test_a_comparison_of_what_are_no_runs_waits_for_no_library():

@@ -1,5 +1,6 @@
 """The machine: which device trains, and the dtypes that it is fast in."""
 
+import platform
 import sys
 
 import psutil
@@ -15,7 +16,8 @@ def has_fast_bf16(on_cpu: bool = False) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)  # not T4 and V100, which emulate it slowly
     if torch.backends.mps.is_available() and not on_cpu:
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    # In this order: builds without mkldnn, as for Apple silicon, have none of its operators.
+    return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def use_cpu(recipe: Recipe) -> bool:
@@ -30,6 +32,13 @@ def local_device(recipe: Recipe) -> str:
     if use_cpu(recipe):
         return "cpu"
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "mps"
+
+
+def device_name(recipe: Recipe) -> str:
+    """The GPU's, as its maker names it; "cpu"."""
+    if use_cpu(recipe):
+        return "cpu"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"Apple's GPU ({platform.machine()})"
 
 
 def named_dtype(recipe: Recipe) -> torch.dtype | None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -22,7 +21,7 @@ from sft.files import require_space, seal, whole_folder, writing
 from sft.model.chatglm3 import ChatGLMForCausalLM, ChatGLMTokenizer, glm_tensors, save_chatglm, save_glm
 from sft.model.load import load_model
 from sft.model.lora import load_adapter
-from sft.model.machine import default_dtype
+from sft.model.machine import default_dtype, device_name
 from sft.model.source import local_or_hub, source_options
 from sft.processes import say
 from sft.recipe import Recipe
@@ -41,7 +40,7 @@ def describe_run(recipe: Recipe, ledger: Ledger) -> dict[str, Any]:
         "versions": versions | {"python": platform.python_version()},
         "commit": _commit(),
         "processes": processes.count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(recipe),
     }
 
 

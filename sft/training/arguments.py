@@ -130,7 +130,11 @@ def steps(recipe: Recipe, data: Data) -> int:
     if int(args.get("max_steps", -1)) > 0:
         return int(args["max_steps"])
     rows: Any = data.train
-    return math.ceil(math.ceil(len(rows) / rows_a_step(recipe)) * float(args.get("num_train_epochs", 3)))
+    count, a_step = len(rows), rows_a_step(recipe)
+    if args.get("dataloader_drop_last"):  # a batch that is not full; a step takes what batches there are
+        batch = a_step // int(args.get("gradient_accumulation_steps", 1))
+        count -= count % batch
+    return math.ceil(max(1, math.ceil(count / a_step)) * float(args.get("num_train_epochs", 3)))
 
 
 def rows_a_step(recipe: Recipe) -> int:

@@ -137,11 +137,10 @@ def check_disk(recipe: Recipe, weights: int, trained: int, steps_to_do: int) -> 
     need = each * count + lora + (weights * 2 if recipe.export.merge or not lora else 0)
     folder = next(p for p in [recipe.output_dir, *recipe.output_dir.absolute().parents] if p.exists())
     free = shutil.disk_usage(folder).free
+    there = (path for name in ("checkpoint-*", "lora_adapter", "final_model") for path in recipe.output_dir.glob(name))
+    written = sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
     of_checkpoints = f"{count} x {each / 1e9:.2f} GB of checkpoints"
     line = f"disk: about {need / 1e9:.1f} GB to be written ({of_checkpoints}), {free / 1e9:.1f} GB free"
-    if need > free:
-        raise recipe.error(
-            "output_dir",
-            f"{line}; free some, set training_args.save_total_limit or save_only_model, or name another disk",
-        )
+    if need > free + written:  # a run that goes on, or is made again, has written a part of it
+        raise recipe.error("output_dir", f"{line}; free some, set training_args.save_total_limit, or name another disk")
     return line

@@ -7,6 +7,7 @@ never made, and `eval_on_start` is made again. It deletes old checkpoints by the
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ class CheckpointTrainer(Trainer):
         losses = processes.gather(self._tr_loss.item())
         kept: Any = state.stateful_callbacks
         kept[LOSS] = {"sum": sum(losses) / len(losses), "logged_step": self._globalstep_last_logged}
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit, only_model = self.args.save_total_limit, self.args.save_only_model
+        self.args.save_total_limit = None
+        if self.control.should_training_stop and state.global_step < state.max_steps:  # a stopped run is to go on
+            self.args.save_only_model = False
         try:
             with writing(folder):
                 processes.decide(lambda: begin_checkpoint(folder))
@@ -57,7 +61,7 @@ class CheckpointTrainer(Trainer):
                 processes.wait()  # until each has written its part
                 processes.decide(lambda: end_checkpoint(folder, limit, state.best_model_checkpoint))
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.args.save_only_model = limit, only_model
             if processes.is_first() and not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # on a full disk its place is needed
         self._saved = folder
@@ -101,8 +105,23 @@ class CheckpointTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = validations_without_gain(self.state)
+        if best := self._best(Path(str(checkpoint))):
+            self.state.best_model_checkpoint = str(best)  # transformers forgets it where the folder was moved
         if self._owes_validation():
             self._evaluate(None, None)
+
+    def _best(self, checkpoint: Path) -> Path | None:
+        """The best checkpoint by this one's log, where that is to be taken at the end: it lies beside this one, though
+        both were moved. Raises: UserError: it is not there, or damaged."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if not (self.args.load_best_model_at_end and state.best_model_checkpoint):
+            return None
+        beside = checkpoint.parent / re.split(r"[\\/]", state.best_model_checkpoint)[-1]
+        best = beside if beside.is_dir() else Path(state.best_model_checkpoint)
+        found = processes.decide(lambda: damage(best) if best.is_dir() else "it is not there")
+        if found:
+            raise UserError(f"{best}, the best checkpoint, cannot be taken up: {found}; restore it")
+        return best
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
         is_on_start = skip_scheduler  # which says so nowhere else
@@ -125,10 +144,7 @@ class CheckpointTrainer(Trainer):
     def take_up(self, checkpoint: Path) -> None:
         """Weights and log of a finished run, without training. Raises: UserError: the best checkpoint is damaged."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self.taken_up = Path(best or checkpoint)
-        if best and (found := processes.decide(lambda: damage(Path(best)))):  # find_checkpoint saw to the other
-            raise UserError(f"{best}, the best checkpoint, cannot be taken up: {found}; restore it")
+        self.taken_up = self._best(checkpoint) or checkpoint
         align_special_tokens(self.model, self.processing_class)  # as train() does; generation stops by them
         if not self.is_deepspeed_enabled:
             self._load_from_checkpoint(str(self.taken_up))

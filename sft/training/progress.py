@@ -50,7 +50,7 @@ class TrainingLine(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         tokens = self._tokens_seen() * processes.count() / (time.perf_counter() - self._begun)
         self._values["tok/s"] = f"{tokens:,.0f}"
-        used = torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        used = torch.cuda.memory_reserved() if args.device.type == "cuda" else psutil.Process().memory_info().rss
         self._values["GB"] = f"{used / 1e9:.1f}"
         self._update(state)
 

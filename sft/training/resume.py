@@ -16,7 +16,9 @@ from sft.training import parallel
 # A checkpoint may be resumed under other values of these; anything else would make it another run.
 FREE_ON_RESUME = re.compile(
     r"training_args\.(logging_|save_|eval_|report_to|run_name|disable_tqdm|num_train_epochs|max_steps|dataloader_|log_)"
-    r"|evaluation|early_stopping|export|hub|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)|model_init"
+    r"|evaluation|early_stopping|export|hub|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)"
+    r"|model_init\.(attn_implementation|experts_implementation|use_kernels|device_map|max_memory|offload_|disable_mmap"
+    r"|cache_dir|local_files_only|force_download|use_safetensors)"
 )
 
 
@@ -85,12 +87,10 @@ def remove_unfinished(output_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_finished(checkpoint: Path, total_steps: int, patience: int | None = None) -> bool:
-    """Whether nothing is left to train after this checkpoint; the Trainer would train one step more.
-
-    Args: patience: validations without gain after which the recipe stops.
-    """
+def is_finished(recipe: Recipe, checkpoint: Path, total_steps: int) -> bool:
+    """Whether nothing is left to train after this checkpoint; the Trainer would train one step more."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    patience = None if recipe.early_stopping is None else recipe.early_stopping.get("early_stopping_patience", 1)
     has_stopped_early = patience is not None and validations_without_gain(state) >= patience
     return has_stopped_early or state.global_step >= state.max_steps >= total_steps
 
@@ -101,11 +101,12 @@ def validations_without_gain(state: TrainerState) -> int:
     return int(kept.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0))
 
 
-def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
+def find_checkpoint(recipe: Recipe, description: dict[str, Any], total_steps: int) -> Path | None:
     """The checkpoint to go on from, as resume_from_checkpoint says.
 
     Args: description: this run's training_config.json, compared with the one that the checkpoint's run left.
-    Raises: RecipeError: there is none where one is named; output_dir holds something else; another recipe made it.
+    Raises: RecipeError: there is none where one is named; output_dir holds something else; another recipe made it; it
+        has the weights alone, and steps are left.
     """
     choice, output = recipe.resume_from_checkpoint, recipe.output_dir
     if choice is False:
@@ -131,6 +132,13 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any]) -> Path | None:
             raise recipe.error("resume_from_checkpoint", f"{chosen} cannot be gone on from: {found}; name another")
     _refuse_strange_state(recipe, chosen)
     _refuse_other_run(recipe, description, chosen)
+    if not any(chosen.glob("rng_state*.pth")) and not is_finished(recipe, chosen, total_steps):
+        raise recipe.error(
+            "resume_from_checkpoint",
+            f"{chosen} was saved with training_args.save_only_model, without the optimizer, so a run that goes on from "
+            "it would be another one; to train from the start, name another output_dir, or from these weights, "
+            f"{'model' if recipe.trains_all_weights else 'adapter'}_name_or_path: {chosen} as well",
+        )
     return chosen
 
 
@@ -180,6 +188,8 @@ def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path)
         ) from None
     old, new = _flat(before.get("recipe", {})), _flat(description["recipe"])
     keys = {key for key in old.keys() | new.keys() if not FREE_ON_RESUME.match(key)}
+    if any(isinstance(side.get("dataset.test"), float) for side in (old, new)):
+        keys.add("dataset.test")  # a share is taken out of the training rows
     had = before.get("processes") or len(list(chosen.glob("rng_state_*.pth"))) or 1
     parallel.refuse_other_sharding(recipe, chosen)
     if had != description["processes"]:

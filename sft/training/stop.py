@@ -126,8 +126,8 @@ class StopAtSignal(TrainerCallback):
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A signal that came while a checkpoint was being written needs no other."""
-        if self.agree():
+        """A signal that came while a checkpoint was being written needs no other, unless that has the weights alone."""
+        if not args.save_only_model and self.agree():
             control.should_training_stop = True
 
     def on_prediction_step(

@@ -233,7 +233,10 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
             try:
                 return super().train(*args, **kwargs)
             except GivenUp:
-                if self.state.global_step and not processes.decide(lambda: is_whole(self.checkpoint)):
+                self.control.should_training_stop = True
+                is_enough = processes.decide(lambda: is_whole(self.checkpoint)) and not self.args.save_only_model
+                if self.state.global_step and not is_enough:
+                    self._saved = None
                     self._save_checkpoint(self.model, trial=None)
                 return None
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from sft import terminal
 from sft.training.progress import TrainingLine
 
+ON_CPU = SimpleNamespace(device=SimpleNamespace(type="cpu"))
 LINE = r"step ━+.* 3/4 00:0\d left loss 3\.65 val 4\.65 lr 0\.0014 [\d,]+ tok/s \d\.\d GB"
 
 
@@ -24,7 +25,7 @@ def train(line, steps=3):
         line.on_log(None, state, None, logs={"eval_loss": 4.6467})
         for _ in range(steps):
             state.global_step += 1
-            line.on_step_end(None, state, None)
+            line.on_step_end(ON_CPU, state, None)
             line.on_log(None, state, None, logs={"loss": 3.648123, "learning_rate": 0.0014112, "grad_norm": 1.0})
         line.on_log(None, state, None, logs={"train_runtime": 3.0, "train_loss": 3.6})
 

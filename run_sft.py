@@ -78,7 +78,10 @@ def import_libraries() -> None:
     """
     if "sft.run" not in sys.modules:
         gc.disable()
-        import sft.run  # noqa: F401
+        from sft.model.late_compile import compiled_when_called
+
+        with compiled_when_called():
+            import sft.run  # noqa: F401
 
         gc.freeze()
         gc.enable()

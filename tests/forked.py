@@ -3,13 +3,15 @@
 Importing torch, transformers, trl and peft takes each process four seconds, several times what a run of a tiny model
 needs. Here one process imports them and does nothing else; from it each program is forked, and the processes that a
 launcher starts (torchrun, accelerate) are forked from the launcher. A program finds its own arguments, environment,
-folder, streams, session and signals; what a library reads of the environment while it is imported is as the tests' own
-process has it, but for the cache of datasets. Linux alone lets a process wait for one that it has not started itself
-(PR_SET_CHILD_SUBREAPER): elsewhere all is plain subprocess. Starts as a user makes them are seen in test_startup.py,
-test_docs.py and, with torchrun and accelerate, training/test_processes.py.
+folder, streams, session and signals. Not its own are the seed of hashes, which the processes of a run so share, what a
+library reads of the environment while it is imported, but for the cache of datasets, and the interpreter's end. Linux
+alone lets a process wait for one that it has not started itself (PR_SET_CHILD_SUBREAPER): elsewhere all is plain
+subprocess. Starts as a user makes them are seen in test_startup.py, test_security.py and, by torchrun and accelerate,
+with DDP and FSDP, training/test_processes.py.
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -30,9 +32,10 @@ PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl.h
 PLAIN = subprocess.Popen
 
 
-def _run(program, cwd, environment, streams):
+def _run(program, cwd, environment, streams, own_session=False):
     """Is the program that `python *program` would be, in a process just forked, and ends it."""
-    os.setsid()
+    if own_session:
+        os.setsid()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
@@ -44,8 +47,9 @@ def _run(program, cwd, environment, streams):
     for stream, number in zip(streams, (1, 2), strict=True):
         os.dup2(stream, number)
     os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 2**16))
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1, errors="backslashreplace")
+    encoding, _, errors = environment.get("PYTHONIOENCODING", "utf-8").partition(":")
+    sys.stdout = open(1, "w", encoding=encoding, errors=errors or None, closefd=False)
+    sys.stderr = open(2, "w", encoding=encoding, closefd=False, buffering=1, errors="backslashreplace")
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
@@ -71,6 +75,10 @@ def _exit_code(program):
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         return end.code & 0xFF if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -89,6 +97,7 @@ class _Forked(PLAIN):
         streams = others[3:9]  # p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
         own = [1 if streams[3] == -1 else streams[3], 2 if streams[5] == -1 else streams[5]]
         program = list(map(str, args[2 if args[1] in ("-u", "-P") else 1 :]))
+        self._own_session = others[14]  # start_new_session
         self.pid = self._start(program, str(cwd or os.getcwd()), dict(os.environ if env is None else env), own)
         self._child_created = True
         self._close_pipe_fds(*streams)
@@ -103,7 +112,7 @@ class _OfLauncher(_Forked):
     def _start(self, program, cwd, environment, streams):
         pid = os.fork()
         if not pid:
-            _run(program, cwd, environment, streams)
+            _run(program, cwd, environment, streams, self._own_session)
         return pid
 
 
@@ -153,7 +162,7 @@ def serve(requests, kind):
         from transformers import AutoTokenizer, GenerationConfig  # noqa: F401
         from transformers.utils import chat_template_utils  # noqa: F401
     else:
-        sys.path.insert(0, str(ROOT))
+        sys.path.insert(1, str(ROOT))
         import run_sft
 
         run_sft.import_libraries()
@@ -179,5 +188,7 @@ def serve(requests, kind):
 
 if __name__ == "__main__":
     _, kind_, number = sys.argv
-    with socket.socket(fileno=int(number)) as requests_:
+    sys.path.pop(0)  # of this file, which a program would not find beside itself
+    sys.path.insert(0, "")
+    with socket.socket(fileno=int(number)) as requests_, contextlib.suppress(KeyboardInterrupt):
         serve(requests_, kind_)

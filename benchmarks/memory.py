@@ -48,8 +48,8 @@ NOT_PACKED = "dataset.packing=false"
 # name: entries of the vocabulary, dtype of the weights, overrides
 CASES = {
     "LoRA, packed": (32000, "bfloat16", [LORA]),
-    "LoRA, padded": (32000, "bfloat16", [LORA, NOT_PACKED]),
-    "LoRA, padded, without checkpointing": (
+    "LoRA, not packed": (32000, "bfloat16", [LORA, NOT_PACKED]),
+    "LoRA, not packed, without checkpointing": (
         32000,
         "bfloat16",
         [LORA, NOT_PACKED, "training_args.activation_checkpointing=false"],
@@ -76,7 +76,7 @@ def save_models(folder: Path) -> None:
 
 
 def token_rows(length: int) -> datasets.Dataset:
-    """32 rows, half of each labelled; every second is a token shorter, so that it is padded."""
+    """32 rows, half of each labelled; every second is a token shorter, so that rows differ in length."""
     ids = [[5 + i % 90 for i in range(length - row % 2)] for row in range(32)]
     masks = [[0] * (length // 2) + [1] * (len(row) - length // 2) for row in ids]
     return datasets.Dataset.from_dict({"input_ids": ids, "assistant_mask": masks})
@@ -122,14 +122,14 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     save_models(options.folder)
-    print(f"{'MB':<37}measured  estimate")
+    print(f"{'MB':<41}measured  estimate")
     for name in CASES:
         recipe = recipe_of(options.folder, name)
         estimate = sum(estimate_memory(recipe, meta_model(recipe), own_loss=True).values())
         command = [sys.executable, __file__, "--folder", str(options.folder), "--measure", name]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
         measured = int(done.stdout.split()[-1])
-        print(f"{name:<37}{measured / 1e6:8.0f}{estimate / 1e6:10.0f} ({estimate / measured - 1:+.0%})", flush=True)
+        print(f"{name:<41}{measured / 1e6:8.0f}{estimate / 1e6:10.0f} ({estimate / measured - 1:+.0%})", flush=True)
 
 
 if __name__ == "__main__":

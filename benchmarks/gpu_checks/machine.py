@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_checks.line import Line, judged, not_here
+from sft.training.duration import matmul_rate
 from sft.training.triton_probe import why_triton_fails
 
 ON_GPU = torch.cuda.is_available()
@@ -45,7 +45,7 @@ def machine(folder: Path) -> Iterator[Line]:
         yield not_here("Triton", f"{why}; {compiler}")
     else:
         yield judged("Triton", True, f"a kernel ran; {compiler}")
-    rate, known = matmul_rate(), _peak_by_name()
+    rate, known = matmul_rate(DEVICE, torch.bfloat16), _peak_by_name()
     # Less comes of a GPU that another process uses, or that is throttled; then the speeds below mean little.
     figure = f"{rate / 1e12:,.2f} TFLOP/s" + (
         f", {rate / known:.0%} of the data sheet's {known / 1e12:,.0f}" if known else ""
@@ -60,24 +60,10 @@ def _driver() -> str:
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout.split()[0]
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a large product of bfloat16 matrices."""
-    size, times = (8192, 30) if ON_GPU else (256, 3)
-    a, b = (torch.randn(size, size, device=DEVICE).bfloat16() for _ in range(2))
-    for _ in range(3):
-        a @ b
-    sync()
-    begun = time.perf_counter()
-    for _ in range(times):
-        a @ b
-    sync()
-    return 2 * size**3 * times / (time.perf_counter() - begun)
-
-
 def peak_flops() -> tuple[float, str]:
     """bfloat16 FLOP/s that this device reaches at most, and where the number is from."""
     known = _peak_by_name()
-    return (known, "data sheet") if known else (matmul_rate(), "a matrix product")
+    return (known, "data sheet") if known else (matmul_rate(DEVICE, torch.bfloat16), "a matrix product")
 
 
 def _peak_by_name() -> float | None:

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+PACKED_TOGETHER = 2**20  # rows: what their packing holds is 38 bytes each
 STREAM_BUFFER = (
     1000  # rows of a stream that are packed together: of lognormal lengths 99.6 % full, of all rows at once 99.9 %
 )
@@ -94,8 +95,21 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     each conversation its own positions, by which no token attends to another conversation.
     """
     lengths = token_counts(rows)
-    bins = best_fit(lengths, max(max_length, int(lengths.max())))
-    return datasets.Dataset(pa.table({"rows": bins})).with_transform(partial(_gather, rows))
+    capacity = max(max_length, int(lengths.max()))
+    bins = [_bins_from(begin, lengths, capacity) for begin in range(0, len(lengths), PACKED_TOGETHER)]
+    table = pa.table({"rows": pa.chunked_array(bins)})
+    packed = datasets.Dataset(
+        table, fingerprint=f"{rows._fingerprint}_packed_{capacity}"
+    )  # else it reads all to name it
+    packed.set_transform(partial(_gather, rows))
+    return packed
+
+
+def _bins_from(begin: int, lengths: np.ndarray, capacity: int) -> pa.ListArray:
+    """The bins of the PACKED_TOGETHER rows from `begin` on, of indexes that count from the first row of all."""
+    bins = best_fit(lengths[begin : begin + PACKED_TOGETHER], capacity)
+    kind = pa.int32() if len(lengths) < 2**31 else pa.int64()
+    return pa.LargeListArray.from_arrays(bins.offsets, pa.compute.add(bins.values, begin).cast(kind))
 
 
 def pack_stream(rows: Iterator[dict[str, Any]], max_length: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -128,7 +142,7 @@ def _joined(bins: Iterable[dict[str, list[list[int]]]]) -> dict[str, list[Any]]:
 
 
 def token_counts(rows: datasets.Dataset) -> np.ndarray:
-    """Tokens of each row, int64, (rows,)."""
+    """Tokens of each row, int32, (rows,)."""
     chunks = [pa.compute.list_value_length(chunk).to_numpy() for chunk in rows.data.column("input_ids").chunks]
-    lengths = np.concatenate([np.zeros(0, np.int64), *chunks])
+    lengths = np.concatenate([np.zeros(0, np.int32), *chunks])
     return lengths if rows._indices is None else lengths[rows._indices.column(0).to_numpy()]

@@ -10,10 +10,10 @@ fourth held while the loss had float32 copies of the logits:
 
     case                                  measured   estimate   before
     LoRA, packed                               281   252 -10 %     534
-    LoRA, padded                               291   255 -12 %
-    LoRA, padded, without checkpointing        716   708  -1 %
+    LoRA, not packed                           291   252 -13 %
+    LoRA, not packed, without checkpointing    717   690  -4 %
     LoRA, packed, vocabulary of 151,936        891   866  -3 %    2120
-    full fine-tuning, packed                   742   784  +6 %
+    full fine-tuning, packed                   743   784  +5 %
 """
 
 import copy

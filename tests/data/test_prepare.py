@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sft.files
-from sft.data import cache, splits, token_cache, tokens
+from sft.data import cache, packing, splits, token_cache, tokens
 from sft.data.chat import CONTROL_AS_TEXT, ChatEncoder, Encoded
 from sft.data.ledger import find_repeats, ledger_table
 from sft.data.packing import best_fit, pack
@@ -728,6 +728,20 @@ def test_best_fit_places_each_row_in_the_bin_that_it_fills_most_the_longest_rows
     assert best_fit(np.array(lengths), capacity).to_pylist() == bins
 
 
+def test_rows_are_packed_so_many_at_a_time_that_memory_stays(monkeypatch):
+    lengths = [1 + (7 * i) % 11 for i in range(20)]
+    rows = datasets.Dataset.from_dict(
+        {name: [[i] * n for i, n in enumerate(lengths)] for name in ("input_ids", "assistant_mask")}
+    )
+    whole = [row["seq_lengths"] for row in pack(rows.select(range(7, 14)), 16)]
+    monkeypatch.setattr(packing, "PACKED_TOGETHER", 7)
+    packed = list(pack(rows, 16))
+    members = [list(dict.fromkeys(row["input_ids"])) for row in packed]
+    assert sorted(member for each in members for member in each) == list(range(20))
+    assert all(len({member // 7 for member in each}) == 1 for each in members)
+    assert [row["seq_lengths"] for row, each in zip(packed, members, strict=True) if each[0] // 7 == 1] == whole
+
+
 def test_packing_a_selection_takes_the_selected_rows():
     rows = datasets.Dataset.from_dict(
         {"input_ids": [[1], [2, 2], [3, 3, 3], [4, 4]], "assistant_mask": [[1], [0, 1], [0, 0, 1], [0, 1]]}
@@ -766,6 +780,12 @@ def test_a_packed_stream_has_every_conversation_once_in_full_rows_of_a_seeded_or
     assert max(len(row["input_ids"]) for row in rows) <= 64 and len(rows) <= 17  # of 40, three or two to a row
     assert all(len(row["assistant_mask"]) == len(row["input_ids"]) for row in rows)
     assert rows != list(run(*STREAM, "dataset.packing=true", "dataset.max_length=64", "training_args.seed=1").train)
+
+
+def test_rows_that_are_all_too_long_are_told_the_key_to_raise(run):
+    write("train.jsonl", talk("1 2 3 4 5", "2"), talk("1", "2 3 4 5 6"))
+    with pytest.raises(DataError, match=r"is left to use\n.*(\n.*)*\nraise dataset.max_length, if the model takes"):
+        run("dataset.max_length=2", "dataset.max_lost=1")
 
 
 def test_a_bad_row_stops_a_stream_or_is_skipped(run):

@@ -59,7 +59,7 @@ def train(recipe: Recipe, check: bool, steps: int = 0) -> int:
         clock.lap("export")
         run.score(recipe, data, trainer)
         clock.lap("score")
-        run.finish(recipe, description, clock)
+        run.finish(recipe, description, clock, checkpoint)
     return 0
 
 

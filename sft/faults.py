@@ -17,9 +17,9 @@ from typing import Any
 from sft.errors import UserError
 from sft.files import MACHINE_ERRORS, write_failure
 
-# Ctrl-C, what a scheduler sends some seconds before SIGKILL, a terminal that was closed; Windows has no SIGHUP.
 # What writing to a pipe says that nobody reads any more; on Windows it is EINVAL.
 NO_READER = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if sys.platform == "win32" else ()))
+# Ctrl-C, what a scheduler sends some seconds before SIGKILL, a terminal that was closed; Windows has no SIGHUP.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 

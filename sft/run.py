@@ -367,14 +367,19 @@ def score(recipe: Recipe, data: Data, trained: CompletionTrainer) -> None:
     evaluate_models(recipe, data.encoder, data.test_conversations, models, data.general)
 
 
-def finish(recipe: Recipe, description: dict[str, Any], clock: Clock) -> None:
-    """The page and the model cards, the summary on the terminal, and the upload, if one is wanted."""
+def finish(recipe: Recipe, description: dict[str, Any], clock: Clock, checkpoint: Path | None) -> None:
+    """The page and the model cards, the summary on the terminal, and the upload, if one is wanted.
+
+    Args: checkpoint: the one that this start went on from.
+    """
     if not processes.is_first():
         return
     memory = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": None}
     if torch.cuda.is_available():
         memory["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     config = {**description, "resources": {"seconds": clock.seconds, **memory}}
+    if checkpoint is not None:
+        config["resources"]["since"] = checkpoint.name
     write_json(recipe.output_dir / "training_config.json", config)
     page.write_report(recipe.output_dir)
     say(run_summary(recipe.output_dir))

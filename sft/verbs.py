@@ -36,6 +36,9 @@ def score_again(recipe: Recipe) -> int:
     recipe = settle.day(recipe, tokenizer)
     check_machine(recipe)
     data = processes.agree(lambda: prepare(recipe, tokenizer, scoring_only=True))
+    key = recipe.places.get("dataset.test")
+    if key is not None and key.is_overridden and (recipe.output_dir / "scores.json").is_file():
+        say(f"the scores and replies in {recipe.output_dir} are replaced; name another output_dir to keep them")
     with sole_writer(recipe), memory_advice(SCORE_ADVICE):
         models = models_on_disk(recipe)
         if len(models) == 1:
@@ -63,7 +66,7 @@ def export_again(recipe: Recipe) -> int:
             f"lora_config.{start}", "a loftq adapter is for the 4-bit base, and wrong on the unquantised"
         )
     if not adapter.is_dir():
-        if (recipe.output_dir / "final_model").is_dir():
+        if recipe.trains_all_weights and (recipe.output_dir / "final_model").is_dir():
             raise recipe.error("output_dir", f"{recipe.output_dir}/final_model is what was trained; nothing is merged")
         raise recipe.error("output_dir", f"there is no {adapter} to merge; train first")
     if not processes.is_first():

@@ -38,6 +38,7 @@ PHASES = {
     "model": (sft.run, "load_model"),
     "step": (CompletionTrainer, "training_step"),
     "validation": (CompletionTrainer, "prediction_step"),
+    "weights saved": (CompletionTrainer, "save_model"),
     "checkpoint": (CompletionTrainer, "_save_optimizer_and_scheduler"),
     "state": (CompletionTrainer, "save_state"),
     "weights": (CompletionTrainer, "save_whole"),
@@ -258,13 +259,41 @@ def test_a_signal_that_was_ignored_when_the_run_began_stays_ignored(no_signal_un
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_that_keeps_weights_alone_keeps_the_optimizer_where_it_is_stopped(job, tmp_path, strike):
-    arguments = command(job, tmp_path / "out", "training_args.save_only_model=true")
-    code, said = strike(arguments, "step", lambda: signal.raise_signal(signal.SIGTERM), nth=5)
-    assert code == 143 and "checkpoint-3 is saved; the same command goes on from there" in said
-    assert not (tmp_path / "out/checkpoint-2/optimizer.pt").exists()
+ONLY_WEIGHTS, RARE = "training_args.save_only_model=true", "training_args.save_strategy=no"
+
+
+@pytest.mark.parametrize(
+    ("option", "phase", "nth", "patience", "saved"),
+    [
+        (ONLY_WEIGHTS, "step", 5, 12, {3: True}),
+        (ONLY_WEIGHTS, "step", 5, 0, {2: True}),  # an epoch's first, given up
+        (ONLY_WEIGHTS, "step", 7, 0, {3: True}),
+        (ONLY_WEIGHTS, "validation", 2, 12, {2: True}),
+        (ONLY_WEIGHTS, "weights saved", 1, 12, {3: True}),
+        (RARE, "step", 5, 0, {2: True}),
+        (RARE, "step", 7, 0, {3: True}),
+    ],
+)
+def test_what_is_stopped_keeps_the_optimizer_and_goes_on_as_if_undisturbed(
+    job, tmp_path, strike, monkeypatch, option, phase, nth, patience, saved
+):
+    monkeypatch.setattr(stop, "STEP_SECONDS", patience)
+    arguments = command(job, tmp_path / "out", option)
+    code, said = strike(arguments, phase, lambda: signal.raise_signal(signal.SIGTERM), nth)
+    assert code == 143 and f"checkpoint-{max(saved)} is saved; the same command goes on from there" in said
+    folders = {step: tmp_path / f"out/checkpoint-{step}" for step in steps(tmp_path / "out")}
+    assert {step: (folder / "optimizer.pt").exists() for step, folder in folders.items()} == saved
     assert run_sft.main(arguments) == 0
     assert same(job, tmp_path / "out") and not (tmp_path / "out/checkpoint-4/optimizer.pt").exists()
+
+
+def test_a_checkpoint_that_can_be_gone_on_from_is_not_made_again(job, tmp_path, strike, monkeypatch):
+    arguments = command(job, tmp_path / "out", ONLY_WEIGHTS)
+    assert strike(arguments, "step", lambda: signal.raise_signal(signal.SIGTERM), 5)[0] == 143
+    monkeypatch.setattr(stop, "STEP_SECONDS", 0)
+    before = (tmp_path / "out/checkpoint-3/optimizer.pt").stat().st_mtime_ns
+    assert strike(arguments, "step", lambda: signal.raise_signal(signal.SIGTERM))[0] == 143
+    assert (tmp_path / "out/checkpoint-3/optimizer.pt").stat().st_mtime_ns == before
 
 
 def test_a_signal_that_a_run_about_to_end_ignores_stays_ignored(no_signal_unhandled):
@@ -319,6 +348,7 @@ def test_memory_that_runs_out_is_told_with_the_keys_to_lower(job, tmp_path, stri
 def test_weights_that_are_no_numbers_never_replace_a_good_adapter(job, tmp_path, strike):
     """The last step's, which no checkpoint is made of."""
     shutil.copytree(job / "straight/lora_adapter", tmp_path / "out/lora_adapter")
+    shutil.copyfile(job / "straight/training_config.json", tmp_path / "out/training_config.json")
     held = []
 
     def overflow():

@@ -258,6 +258,8 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(small_qwen, tmp_pat
     assert "going on from" in said and "checkpoint-99" not in said
     assert re.search(r"^step 12 of 12  loss .* tok/s .* GB  0:00:00 left$", said, re.M) and "\x1b" not in said
     assert json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 12
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert re.search(r"training, since checkpoint-\d+", page), "its time is that of the last start"
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

@@ -118,7 +118,8 @@ def _epochs(count: float) -> str:
 def resources(run: Run) -> list[tuple[str, str]]:
     """Time and memory as (what, how much)."""
     measured, last = run.config.get("resources") or {}, run.log[-1] if run.log else {}
-    names = {"load": "loading data and model", "train": "training", "export": "saving", "score": "scoring"}
+    since = f", since {measured['since']}" if measured.get("since") else ""
+    names = {"load": "loading data and model", "train": f"training{since}", "export": "saving", "score": "scoring"}
     rows = [
         (names.get(part, part), duration(seconds))
         for part, seconds in (measured.get("seconds") or {}).items()
@@ -202,9 +203,8 @@ def notices(ledger: dict[str, Any]) -> list[str]:
         warning = "Warning: rows of the test split that are in the training split too, so that the scores flatter: "
         found.append(f"{warning}{leaks['rows']:,} ({places(leaks)})")
     if near.get("rows"):
-        warning = (
-            "Warning: other rows of the test split that nearly repeat a training row, so that the scores flatter: "
-        )
+        other = "other rows" if leaks.get("rows") else "rows"
+        warning = f"Warning: {other} of the test split that nearly repeat a training row, so that the scores flatter: "
         found.append(f"{warning}{near['rows']:,} ({places(near)})")
     if repeats.get("rows"):
         found.append(f"Training rows that repeat an earlier one: {repeats['rows']:,} ({places(repeats)})")

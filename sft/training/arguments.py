@@ -134,7 +134,11 @@ def steps(recipe: Recipe, data: Data) -> int:
     if args.get("dataloader_drop_last"):  # a batch that is not full; a step takes what batches there are
         batch = a_step // int(args.get("gradient_accumulation_steps", 1))
         count -= count % batch
-    return math.ceil(max(1, math.ceil(count / a_step)) * float(args.get("num_train_epochs", 3)))
+        if not count:
+            raise recipe.error(
+                "training_args.dataloader_drop_last", f"drops all of {len(rows):,} rows, as a batch takes {batch:,}"
+            )
+    return math.ceil(math.ceil(count / a_step) * float(args.get("num_train_epochs", 3)))
 
 
 def rows_a_step(recipe: Recipe) -> int:

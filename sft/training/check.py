@@ -3,6 +3,8 @@
 import copy
 import math
 import shutil
+import tempfile
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -136,9 +138,17 @@ def check_disk(recipe: Recipe, weights: int, trained: int, steps_to_do: int) -> 
     lora = 0 if recipe.trains_all_weights else trained * 4
     need = each * count + lora + (weights * 2 if recipe.export.merge or not lora else 0)
     folder = next(p for p in [recipe.output_dir, *recipe.output_dir.absolute().parents] if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise recipe.error(
+            "output_dir", f"{folder} cannot be written: {error.strerror}; make it writable, or name another folder"
+        ) from None
     free = shutil.disk_usage(folder).free
     there = (path for name in ("checkpoint-*", "lora_adapter", "final_model") for path in recipe.output_dir.glob(name))
-    written = sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
+    written = 0
+    with suppress(FileNotFoundError):  # another run may be writing there, which is told later
+        written = sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
     of_checkpoints = f"{count} x {each / 1e9:.2f} GB of checkpoints"
     line = f"disk: about {need / 1e9:.1f} GB to be written ({of_checkpoints}), {free / 1e9:.1f} GB free"
     if need > free + written:  # a run that goes on, or is made again, has written a part of it

@@ -24,6 +24,7 @@ from sft.files import damage, write_text, writing
 from sft.model.lora import missing_weights
 from sft.model.source import first_line
 from sft.training.resume import begin_checkpoint, end_checkpoint, is_whole, validations_without_gain
+from sft.training.stop import StopAtSignal
 
 LOSS = "loss_since_log"  # in TrainerState.stateful_callbacks
 
@@ -33,6 +34,11 @@ class CheckpointTrainer(Trainer):
 
     taken_up: Path | None = None  # the checkpoint of a finished run
     _saved: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # transformers would delete by the clock, and at the end with a limit of 1 all but the best
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 
     @property
     def output_dir(self) -> Path:
@@ -50,21 +56,29 @@ class CheckpointTrainer(Trainer):
         losses = processes.gather(self._tr_loss.item())
         kept: Any = state.stateful_callbacks
         kept[LOSS] = {"sum": sum(losses) / len(losses), "logged_step": self._globalstep_last_logged}
-        limit, only_model = self.args.save_total_limit, self.args.save_only_model
-        self.args.save_total_limit = None
-        if self.control.should_training_stop and state.global_step < state.max_steps:  # a stopped run is to go on
-            self.args.save_only_model = False
+        only_model = self.args.save_only_model
+        self.args.save_only_model = only_model and not any(stop.agreed for stop in self._stops())
         try:
             with writing(folder):
                 processes.decide(lambda: begin_checkpoint(folder))
                 super()._save_checkpoint(*args, **kwargs)
                 processes.wait()  # until each has written its part
-                processes.decide(lambda: end_checkpoint(folder, limit, state.best_model_checkpoint))
+                processes.decide(lambda: end_checkpoint(folder, self._limit, state.best_model_checkpoint))
         finally:
-            self.args.save_total_limit, self.args.save_only_model = limit, only_model
+            self.args.save_only_model = only_model
             if processes.is_first() and not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # on a full disk its place is needed
         self._saved = folder
+
+    def _stops(self) -> list[StopAtSignal]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopAtSignal)]
+
+    def save_stopped(self) -> None:
+        """The last step that has ended, with all that a run goes on from. Every process must call it."""
+        for stop in self._stops():
+            stop.agree()
+        self._saved = None
+        self._save_checkpoint(self.model, trial=None)
 
     def save_state(self) -> None:
         """trainer_state.json as transformers writes it, but whole or not at all."""
@@ -97,6 +111,8 @@ class CheckpointTrainer(Trainer):
         """Once in a run that goes on, just before its first step: there the log is taken up as well."""
         with _readable(checkpoint):
             super()._load_rng_state(checkpoint)
+        for stop in self._stops():
+            stop.note_random_states()
         kept: Any = self.state.stateful_callbacks
         if (losses := kept.get(LOSS)) is not None:
             self._tr_loss += losses["sum"]
@@ -120,7 +136,10 @@ class CheckpointTrainer(Trainer):
         best = beside if beside.is_dir() else Path(state.best_model_checkpoint)
         found = processes.decide(lambda: damage(best) if best.is_dir() else "it is not there")
         if found:
-            raise UserError(f"{best}, the best checkpoint, cannot be taken up: {found}; restore it")
+            raise UserError(
+                f"{best}, the best checkpoint, cannot be taken up: {found}; restore it, or take the last: "
+                "training_args.load_best_model_at_end: false"
+            )
         return best
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:

@@ -15,11 +15,15 @@ from sft.training import parallel
 
 # A checkpoint may be resumed under other values of these; anything else would make it another run.
 FREE_ON_RESUME = re.compile(
-    r"training_args\.(logging_|save_|eval_|report_to|run_name|disable_tqdm|num_train_epochs|max_steps|dataloader_|log_)"
+    r"training_args\.(logging_|save_|eval_|load_best_model_at_end|report_to|run_name|disable_tqdm|num_train_epochs|max_steps|dataloader_|log_)"
     r"|evaluation|early_stopping|export|hub|resume_from_checkpoint|output_dir|dataset\.(test|num_proc|max_lost|near_duplicates|cache_gb)"
     r"|model_init\.(attn_implementation|experts_implementation|use_kernels|device_map|max_memory|offload_|disable_mmap"
     r"|cache_dir|local_files_only|force_download|use_safetensors)"
 )
+
+
+# What a run writes at its end, over what is there by that name.
+RESULTS = ("lora_adapter", "final_model", "trainer_state.json", "scores.json", "predictions.jsonl", "report.html")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -43,6 +47,11 @@ def is_whole(folder: Path) -> bool:
     if (folder / CHECKSUMS).is_file():
         return not is_open(folder)
     return _state(folder) is not None
+
+
+def can_be_gone_on_from(folder: Path) -> bool:
+    """Whether it is whole and has more than the weights, which are all that save_only_model keeps."""
+    return is_whole(folder) and any(folder.glob("rng_state*.pth"))
 
 
 def _state(folder: Path) -> Any:
@@ -70,7 +79,9 @@ def end_checkpoint(folder: Path, limit: int | None, best: str | None) -> None:
     whose step is beyond this one's, then the oldest. (transformers goes by the clock, and may delete the newest.)
     """
     seal(folder)
-    kept = {folder, Path(best)} if best else {folder}
+    kept = {folder}
+    if best and Path(best).resolve().parent == folder.resolve().parent:
+        kept.add(folder.parent / Path(best).name)
     step = _step(folder) or 0
     others = [other for other in _by_step(folder.parent) if other not in kept]
     others.sort(key=lambda other: (_step(other) or 0) <= step)
@@ -117,8 +128,9 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any], total_steps: in
             )
         return None
     if choice is True:
-        newest = _newest_undamaged(recipe)
+        newest = _newest_undamaged(recipe, total_steps)
         if newest is None:
+            _refuse_foreign_results(recipe, description)
             return None
         chosen = newest
     else:
@@ -130,16 +142,21 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any], total_steps: in
             raise recipe.error("resume_from_checkpoint", f"{chosen} is not a whole checkpoint (no trainer_state.json)")
         if found := damage(chosen):
             raise recipe.error("resume_from_checkpoint", f"{chosen} cannot be gone on from: {found}; name another")
+        if found := _lacks(recipe, chosen, total_steps):
+            raise recipe.error("resume_from_checkpoint", f"{chosen} cannot be gone on from: {found}; name another")
     _refuse_strange_state(recipe, chosen)
     _refuse_other_run(recipe, description, chosen)
-    if not any(chosen.glob("rng_state*.pth")) and not is_finished(recipe, chosen, total_steps):
-        raise recipe.error(
-            "resume_from_checkpoint",
-            f"{chosen} was saved with training_args.save_only_model, without the optimizer, so a run that goes on from "
-            "it would be another one; to train from the start, name another output_dir, or from these weights, "
-            f"{'model' if recipe.trains_all_weights else 'adapter'}_name_or_path: {chosen} as well",
-        )
     return chosen
+
+
+def _lacks(recipe: Recipe, chosen: Path, total_steps: int) -> str | None:
+    """What a whole checkpoint lacks to go on from; nothing where nothing is left to train."""
+    if can_be_gone_on_from(chosen):
+        return None
+    _refuse_strange_state(recipe, chosen)
+    if is_finished(recipe, chosen, total_steps):
+        return None
+    return "training_args.save_only_model left out the optimizer, without which it would be another run"
 
 
 def _refuse_strange_state(recipe: Recipe, chosen: Path) -> None:
@@ -153,26 +170,49 @@ def _refuse_strange_state(recipe: Recipe, chosen: Path) -> None:
             )
 
 
-def _newest_undamaged(recipe: Recipe) -> Path | None:
-    """Raises: RecipeError: there are checkpoints, and each is damaged: training anew is for the user to choose."""
-    damaged: list[str] = []
+def _newest_undamaged(recipe: Recipe, total_steps: int) -> Path | None:
+    """Raises: RecipeError: there are checkpoints, and none will do: training anew is for the user to choose."""
+    left_out: list[str] = []
+    lacks = None
     for folder in reversed(checkpoints(recipe.output_dir)):
-        found = damage(folder)
+        found = damage(folder) or (lacks := _lacks(recipe, folder, total_steps))
         if found is None:
-            if damaged:
-                say(f"left out: {'; '.join(damaged)}")
+            if left_out:
+                say(f"left out: {'; '.join(left_out)}")
             return folder
-        damaged.append(f"{folder}, where {found}")
-    if damaged:
+        left_out.append(f"{folder}, where {found}")
+    if left_out:
+        kind = "model" if recipe.trains_all_weights else "adapter"
         raise recipe.error(
             "resume_from_checkpoint",
-            f"no checkpoint can be gone on from: {'; '.join(damaged[:3])}; restore the file, or remove "
-            f"{recipe.output_dir}/checkpoint-* to train from the start",
+            f"no checkpoint can be gone on from: {'; '.join(left_out[:3])}; "
+            + (
+                f"in another output_dir train on from its weights ({kind}_name_or_path)"
+                if lacks
+                else "restore the file"
+            )
+            + f", or remove {recipe.output_dir}/checkpoint-* to train from the start",
         )
     return None
 
 
+def _refuse_foreign_results(recipe: Recipe, description: dict[str, Any]) -> None:
+    """Raises: RecipeError: output_dir holds results that no run, or another, has written, and has no checkpoint."""
+    output = recipe.output_dir
+    held = [name for name in RESULTS if (output / name).exists()]
+    if not held:
+        return
+    if not (output / "training_config.json").is_file():
+        raise recipe.error(
+            "output_dir",
+            f"{output} holds {', '.join(held)}, and no training_config.json of a run that wrote them; name another "
+            "folder, or move them, since they would be written over",
+        )
+    _refuse_other_run(recipe, description, output / held[0])
+
+
 def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path) -> None:
+    """chosen: a checkpoint, or what else lies beside the training_config.json of its run."""
     left = chosen.parent / "training_config.json"
     if not left.is_file():
         return
@@ -187,6 +227,9 @@ def _refuse_other_run(recipe: Recipe, description: dict[str, Any], chosen: Path)
             "remove it if it is",
         ) from None
     old, new = _flat(before.get("recipe", {})), _flat(description["recipe"])
+    for side in (old, new):
+        if side.get("model_init.revision") == "main":  # the default
+            del side["model_init.revision"]
     keys = {key for key in old.keys() | new.keys() if not FREE_ON_RESUME.match(key)}
     if any(isinstance(side.get("dataset.test"), float) for side in (old, new)):
         keys.add("dataset.test")  # a share is taken out of the training rows

@@ -105,8 +105,18 @@ class StopAtSignal(TrainerCallback):
         error.exit_code = faults.exit_code(number)
         return error
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.note_random_states()
+
+    def note_random_states(self) -> None:
+        """Those from which the step at hand can be done anew."""
         self._random = RandomStates()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not float(state.epoch or 0).is_integer():  # an epoch's first is from before the order of rows was drawn
+            self.note_random_states()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

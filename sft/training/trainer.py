@@ -31,7 +31,7 @@ from sft.training.checkpoints import CheckpointTrainer
 from sft.training.lora_sum import lora_in_one_sum
 from sft.training.loss import summed_cross_entropy
 from sft.training.progress import TrainingLine
-from sft.training.resume import checkpoints, is_whole
+from sft.training.resume import can_be_gone_on_from, checkpoints
 from sft.training.stop import GivenUp, RandomStates
 from sft.training.triton_probe import why_triton_fails
 
@@ -233,11 +233,8 @@ class CompletionTrainer(CheckpointTrainer, SFTTrainer):
             try:
                 return super().train(*args, **kwargs)
             except GivenUp:
-                self.control.should_training_stop = True
-                is_enough = processes.decide(lambda: is_whole(self.checkpoint)) and not self.args.save_only_model
-                if self.state.global_step and not is_enough:
-                    self._saved = None
-                    self._save_checkpoint(self.model, trial=None)
+                if self.state.global_step and not processes.decide(lambda: can_be_gone_on_from(self.checkpoint)):
+                    self.save_stopped()
                 return None
 
     @contextmanager

@@ -359,7 +359,7 @@ ON_CPU = ROOT / "tests/sharded_on_cpu.py"
 @pytest.fixture(scope="module")
 def sharded(recipe):
     output = recipe.parent / "sharded"
-    said = run_two(recipe, output, *SHARDED, "export.merge=true", script=ON_CPU)
+    said = run_two(recipe, output, *SHARDED, "export.merge=true", script=ON_CPU, popen=subprocess.Popen)
     return output, said
 
 

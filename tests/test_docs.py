@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 ENGLISH, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"python run_sft\.py (recipes/\w+\.yaml[^`\n]*)")
+COMMAND = re.compile(r"run_sft\.py (recipes/\w+\.yaml[^`\n]*)")
+SCRIPT = re.compile(r"python ((?:benchmarks/\w+|run_sft)\.py)([^`\n;&]*)")
 
 
 def read(page):
@@ -43,6 +44,17 @@ def test_every_command_names_a_recipe_that_is_there_and_keys_that_it_takes(page)
         recipe, *rest = shlex.split(command, comments=True)
         if recipe not in ("recipes/mine.yaml", "recipes/NAME.yaml"):
             load_recipe(ROOT / recipe, [word for word in rest if not word.startswith("-") and "=" in word])
+
+
+def test_every_script_that_a_command_names_is_there_and_takes_its_options():
+    seen = set()
+    for page in PAGES:
+        for script, rest in SCRIPT.findall(read(page)):
+            source = read(ROOT / script)
+            options = {word.partition("=")[0] for word in re.findall(r"(?<!\S)--[a-z][\w-]*", rest)}
+            assert {option for option in options if f'"{option}"' not in source} == set(), (page.name, script)
+            seen |= {(script, option) for option in options}
+    assert {("run_sft.py", "--compare"), ("benchmarks/train.py", "--runs"), ("run_sft.py", "--from")} <= seen
 
 
 def test_the_check_command_of_the_readme_runs(tiny_qwen, tmp_path, monkeypatch, capfd):

@@ -69,6 +69,9 @@ def test_a_whole_run_shows_and_keeps_no_secret_and_writes_into_its_folder_only(h
     changed = {name for name, _ in tree(hostile_folder).items() ^ before.items()}
     assert "out/report.html" in {name.replace(os.sep, "/") for name in changed}
     assert {Path(name).parts[0] for name in changed} == {"out"}
+    kept = {path.relative_to(elsewhere).as_posix() for path in elsewhere.rglob("*") if path.is_file()}
+    caches = ("HF_DATASETS_CACHE/sft_token_rows/", "HF_HOME/modules/", "HOME/.cache/matplotlib/fontlist-")
+    assert [name for name in kept if not name.startswith(caches)] == []
     files = [path for folder in (hostile_folder / "out", elsewhere) for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20
     for name, secret in SECRETS.items():

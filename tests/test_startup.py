@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILER = "torch._inductor.compile_fx"
 SCRIPT = """
 import gc, json, sys
 import run_sft
@@ -17,13 +18,14 @@ try:
 except SystemExit as end:
     code = end.code
 print()
-print(json.dumps([code, gc.isenabled(), sorted({name.partition(".")[0] for name in sys.modules})]))
+packages = {name.partition(".")[0] for name in sys.modules} | {COMPILER} & set(sys.modules)
+print(json.dumps([code, gc.isenabled(), sorted(packages)]))
 """
 
 
 def after(*arguments):
     """Exit code, whether garbage is collected, and the names of all packages that were imported."""
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    command = [sys.executable, "-c", f"COMPILER = {COMPILER!r}\n{SCRIPT}", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     code, collects, packages = json.loads(done.stdout.splitlines()[-1])
@@ -82,4 +84,33 @@ def test_a_check_waits_for_no_scores_and_no_plots_and_collects_garbage_again(sma
         "scipy",
         "sklearn",
         "deepspeed",
+        COMPILER,
     }
+
+
+def test_what_is_decorated_while_libraries_are_imported_is_compiled_when_it_is_called(monkeypatch):
+    import torch
+
+    from sft.model.late_compile import compiled_when_called
+
+    asked = []
+
+    def compile_now(function, **options):
+        asked.append(options)
+        return lambda *args: -function(*args)
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with compiled_when_called():
+
+        @torch.compile
+        def one(x):
+            return x
+
+        @torch.compile(dynamic=True)
+        def two(x):
+            """Twice."""
+            return 2 * x
+
+    assert torch.compile is compile_now and asked == []
+    assert (one(3), two(3), two(4), two.__doc__) == (-3, -6, -8, "Twice.")
+    assert asked == [{}, {"dynamic": True}]

@@ -223,7 +223,8 @@ def test_a_problem_that_many_rows_have_is_said_once_with_the_first_three(small_q
 def test_who_would_skip_every_row_is_not_advised_to(small_qwen, tmp_path, capfd):
     said = refused(small_qwen, tmp_path, capfd, *[{"question": "a", "answer": "b"}] * 25)
     assert said[0].endswith("set dataset.columns: {question: human, answer: assistant} (in 25 rows: 1, 2, 3, ...)")
-    assert said[1:] == ["mend the 25 rows"]
+    whole = "no row of a file can be used: mend the file, or say how it is read (dataset.columns, dataset.format)"
+    assert said[1:] == [whole]
 
 
 def test_different_problems_are_named_up_to_twenty_then_counted(small_qwen, tmp_path, capfd):

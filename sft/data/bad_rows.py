@@ -44,7 +44,12 @@ def refuse_problems(files: Iterable[tuple[str, list[Problem], int]], recipe: Rec
             lines[SHOWN:] = [f"... and {len(lines) - SHOWN:,} more"]
         policies = sorted({POLICIES[kind] for kind in kinds if kind != UNREADABLE or would_be_left})
         advice = "".join(f"; or set {key}: {choices}" for key, choices in policies)
-        raise DataError("\n".join([*lines, f"mend {'the row' if count == 1 else f'the {count:,} rows'}{advice}"]))
+        mend = "mend the row" if count == 1 else f"mend the {count:,} rows"
+        if not would_be_left and count > 1:
+            mend = (
+                "no row of a file can be used: mend the file, or say how it is read (dataset.columns, dataset.format)"
+            )
+        raise DataError("\n".join([*lines, f"{mend}{advice}"]))
 
 
 def _lines(path: object, problems: Iterable[Problem]) -> list[str]:
@@ -66,7 +71,9 @@ def refuse_losses(split: str, files: list[TokenFile], recipe: Recipe) -> None:
     lost = sum(len(file.problems) + len(file.facts["trimmed"]) for file in files)
     examples = [line for file in files for line in _lines(file.path, file.problems)[:3]][:SHOWN]
     if not sum(file.facts["used"] for file in files):
-        raise DataError("\n".join([f"no row of dataset.{split} is left to use", *examples]))
+        longer = any(problem.kind == OVERLONG for file in files for problem in file.problems)
+        advice = ["raise dataset.max_length, if the model takes longer rows"] if longer else []
+        raise DataError("\n".join([f"no row of dataset.{split} is left to use", *examples, *advice]))
     if lost > recipe.dataset.max_lost * read:
         raise DataError(
             "\n".join(

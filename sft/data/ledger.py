@@ -184,8 +184,8 @@ def ledger_table(ledger: Ledger) -> str:
         named = ", ".join(leaks["named"][:5])
         text.append(f"WARNING: {leaks['rows']:,} rows of the test split are in the training split too: {named}")
     if (near := ledger.get("near_duplicates")) and near["rows"]:
-        named = ", ".join(near["named"][:5])
-        text.append(f"WARNING: {near['rows']:,} other rows of the test split nearly repeat a training row: {named}")
+        named, other = ", ".join(near["named"][:5]), "other " if leaks and leaks["rows"] else ""
+        text.append(f"WARNING: {near['rows']:,} {other}rows of the test split nearly repeat a training row: {named}")
     return "\n".join(text)
 
 

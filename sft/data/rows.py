@@ -287,7 +287,7 @@ def _table_rows(file: Path, delimiter: str) -> Rows:
     with open_bytes(file) as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         table = csv.reader(bounded_lines(file, lines), delimiter=delimiter, strict=True)
-        header = next((cells for cells in table if cells), [])
+        header = [name.strip() for name in next((cells for cells in table if cells), [])]
         _refuse_twice(file, header)
         if len(header) == 1 and (found := [other for other in ",;\t|" if other in header[0]]):
             wanted = "tabs" if delimiter == "\t" else "commas"

@@ -101,6 +101,8 @@ def refuse_existing_template(file: Path) -> None:
 def differences(source: ToolFile) -> list[str]:
     """What comes out otherwise here: of the tool, and of a script that starts several processes."""
     lines = []
+    if "output_dir" in source.keys:
+        lines.append("output_dir: a folder of its own, output/NAME of the recipe")
     for entry in tables()[source.tool].get("differs", []):
         entry = {"says": entry} if isinstance(entry, str) else entry
         on = {key for key, item in source.keys.items() if item.value not in OFF}

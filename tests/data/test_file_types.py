@@ -210,8 +210,8 @@ def test_an_error_early_in_a_large_array_does_not_read_it_all(empty_folder, monk
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_a_table_may_have_a_byte_order_mark_quoted_line_breaks_and_empty_cells(empty_folder):
-    content = b'\xef\xbb\xbfquery,response,system,history\r\n"1\n1",2,,\r\n\r\n3,4,S,"[[""5"", ""6""]]"\r\n'
+def test_a_table_may_have_a_byte_order_mark_blanks_in_its_header_quoted_line_breaks_and_empty_cells(empty_folder):
+    content = b'\xef\xbb\xbfquery,response , system,history\r\n"1\n1",2,,\r\n\r\n3,4,S,"[[""5"", ""6""]]"\r\n'
     assert read("a.csv", content) == [
         (1, {"query": "1\n1", "response": "2"}),
         (2, {"query": "3", "response": "4", "system": "S", "history": '[["5", "6"]]'}),

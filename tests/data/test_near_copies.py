@@ -101,7 +101,9 @@ def test_near_copies_can_be_left_alone(run):
     write("train.jsonl", talk(QUESTION, ANSWER))
     write("test.jsonl", talk(QUESTION, ANSWER + "!"))
     assert "near_duplicates" not in run("dataset.test=test.jsonl", "dataset.near_duplicates=off").ledger
-    assert run("dataset.test=test.jsonl").ledger["near_duplicates"]["rows"] == 1
+    ledger = run("dataset.test=test.jsonl").ledger
+    assert ledger["near_duplicates"]["rows"] == 1
+    assert "WARNING: 1 rows of the test split nearly repeat" in ledger_table(ledger), "of no others anything was said"
     assert "near_duplicates" not in run().ledger
 
 

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-PACKED_TOGETHER = 2**20  # rows: what their packing holds is 38 bytes each
+PACKED_TOGETHER = 2**20  # rows, whose packing holds 38 bytes each
 STREAM_BUFFER = (
     1000  # rows of a stream that are packed together: of lognormal lengths 99.6 % full, of all rows at once 99.9 %
 )

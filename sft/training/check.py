@@ -138,6 +138,8 @@ def check_disk(recipe: Recipe, weights: int, trained: int, steps_to_do: int) -> 
     lora = 0 if recipe.trains_all_weights else trained * 4
     need = each * count + lora + (weights * 2 if recipe.export.merge or not lora else 0)
     folder = next(p for p in [recipe.output_dir, *recipe.output_dir.absolute().parents] if p.exists())
+    if not folder.is_dir():
+        raise recipe.error("output_dir", f"{folder} is a file; name a folder")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -72,7 +72,9 @@ def test_a_folder_that_cannot_be_written_is_told_by_the_estimate_of_the_disk(tmp
 
         monkeypatch.setattr(check.tempfile, "TemporaryFile", refuses)
     recipe = recipe_of("m", tmp_path, LORA, f"output_dir={place}{'' if is_file else '/run'}")
-    told = "is a file; name a folder" if is_file else "cannot be written: Operation not permitted; make it writable, or n"
+    told = (
+        "is a file; name a folder" if is_file else "cannot be written: Operation not permitted; make it writable, or n"
+    )
     with pytest.raises(RecipeError, match=f"output_dir.*: {place} {told}"):
         check.check_disk(recipe, weights=1, trained=1, steps_to_do=1)
 

@@ -41,7 +41,7 @@ def _run(program, cwd, environment, streams, own_session=False):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     is_launcher = program[0] == "-m"
-    subprocess.Popen = _OfLauncher if is_launcher else PLAIN
+    subprocess.Popen = _Forked if is_launcher else PLAIN
     if elastic := sys.modules.get("torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"):
         elastic.Popen = subprocess.Popen
     for stream, number in zip(streams, (1, 2), strict=True):
@@ -79,16 +79,15 @@ def _exit_code(program):
         traceback.print_exc()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
-    except BaseException:
+    except BaseException:  # of any kind: an interpreter ends by it too, and past here the server would go on
         traceback.print_exc()
         return 1
     return 0
 
 
 class _Forked(PLAIN):
-    """subprocess.Popen, of which it overrides the one step that starts the program, if it is this Python."""
-
-    kind = "ours"
+    """subprocess.Popen, of which it overrides the one step that starts the program, if it is this Python: it is forked
+    from the process that asks, a launcher's."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
         if isinstance(args, (str, bytes, os.PathLike)) or args[0] != sys.executable or args[1] == "-c":
@@ -103,13 +102,6 @@ class _Forked(PLAIN):
         self._close_pipe_fds(*streams)
 
     def _start(self, program, cwd, environment, streams):
-        raise NotImplementedError
-
-
-class _OfLauncher(_Forked):
-    """What a launcher starts."""
-
-    def _start(self, program, cwd, environment, streams):
         pid = os.fork()
         if not pid:
             _run(program, cwd, environment, streams, self._own_session)
@@ -117,7 +109,9 @@ class _OfLauncher(_Forked):
 
 
 class _OfServer(_Forked):
-    """What a test starts."""
+    """What a test starts, forked from the server that has the libraries imported."""
+
+    kind = "ours"
 
     def _start(self, program, cwd, environment, streams):
         server = _server(self.kind)

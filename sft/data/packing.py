@@ -98,9 +98,8 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     capacity = max(max_length, int(lengths.max()))
     bins = [_bins_from(begin, lengths, capacity) for begin in range(0, len(lengths), PACKED_TOGETHER)]
     table = pa.table({"rows": pa.chunked_array(bins)})
-    packed = datasets.Dataset(
-        table, fingerprint=f"{rows._fingerprint}_packed_{capacity}"
-    )  # else it reads all to name it
+    name = f"{rows._fingerprint}_packed_{capacity}"  # else all would be read to make one
+    packed = datasets.Dataset(table, fingerprint=name)
     packed.set_transform(partial(_gather, rows))
     return packed
 

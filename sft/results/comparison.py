@@ -27,7 +27,7 @@ from sft.results.scores import (
     row_scores,
     row_weights,
 )
-from sft.results.words import ALPHA, duration, judged, number, plain
+from sft.results.words import ALPHA, duration, judged, number, plain, since
 
 LETTERS = "ABCDEF"  # a run each: as many lines as can be told apart in a plot
 TEXTS = {"predictions", "references"}  # the columns that predictions.jsonl holds
@@ -316,7 +316,6 @@ def _figures(run: Run) -> dict[str, str]:
     files = [file for file in ledger.get("files", []) if file.get("split") == "train" and "tokens" in file]
     losses = {name: curve.finite for name, curve in curves_of(run.log, "Loss").items()}
     seconds = (resources.get("seconds") or {}).get("train")
-    since = f", since {resources['since']}" if resources.get("since") else ""  # the run was stopped, and went on
     memory = {
         f"peak {kind}memory": resources.get(key)
         for kind, key in (("", "peak_memory_bytes"), ("GPU ", "peak_gpu_memory_bytes"))
@@ -327,7 +326,7 @@ def _figures(run: Run) -> dict[str, str]:
         "epochs": number(state["epoch"]) if state.get("epoch") else "",
         "conversations": f"{ledger['rows']['train']:,}" if "train" in (ledger.get("rows") or {}) else "",
         "tokens of the training files": f"{sum(file['tokens'] for file in files):,}" if files else "",
-        "training time": duration(seconds) + since if seconds and math.isfinite(seconds) else "",
+        "training time": duration(seconds) + since(resources) if seconds and math.isfinite(seconds) else "",
         **{name: f"{size / 1e9:.1f} GB" if size else "" for name, size in memory.items()},
         **{f"last {name} loss": number(values[-1]) if len(values) else "" for name, values in losses.items()},
         "general text": general_line(general).removeprefix("general text: ") if general else "",

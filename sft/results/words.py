@@ -115,11 +115,20 @@ def _epochs(count: float) -> str:
     return f"{number(count)} epoch{'' if count == 1 else 's'}"
 
 
+def since(resources: dict[str, Any]) -> str:
+    """Where the time of a run's training begins, if it was stopped and went on: ", since checkpoint-4"."""
+    return f", since {resources['since']}" if resources.get("since") else ""
+
+
 def resources(run: Run) -> list[tuple[str, str]]:
     """Time and memory as (what, how much)."""
     measured, last = run.config.get("resources") or {}, run.log[-1] if run.log else {}
-    since = f", since {measured['since']}" if measured.get("since") else ""
-    names = {"load": "loading data and model", "train": f"training{since}", "export": "saving", "score": "scoring"}
+    names = {
+        "load": "loading data and model",
+        "train": f"training{since(measured)}",
+        "export": "saving",
+        "score": "scoring",
+    }
     rows = [
         (names.get(part, part), duration(seconds))
         for part, seconds in (measured.get("seconds") or {}).items()

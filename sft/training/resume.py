@@ -140,9 +140,7 @@ def find_checkpoint(recipe: Recipe, description: dict[str, Any], total_steps: in
             raise recipe.error("resume_from_checkpoint", f"there is no checkpoint {chosen}; there is {near}")
         if not is_whole(chosen):
             raise recipe.error("resume_from_checkpoint", f"{chosen} is not a whole checkpoint (no trainer_state.json)")
-        if found := damage(chosen):
-            raise recipe.error("resume_from_checkpoint", f"{chosen} cannot be gone on from: {found}; name another")
-        if found := _lacks(recipe, chosen, total_steps):
+        if found := damage(chosen) or _lacks(recipe, chosen, total_steps):
             raise recipe.error("resume_from_checkpoint", f"{chosen} cannot be gone on from: {found}; name another")
     _refuse_strange_state(recipe, chosen)
     _refuse_other_run(recipe, description, chosen)
